@@ -1,0 +1,40 @@
+"""Settings for every test: kernels run in Triton's interpreter where there is no GPU, and memory that nobody wrote holds NaN."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    torch.set_num_threads(1)  # small shapes; tests run in parallel processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """torch.empty gives NaN (integers: the largest value), so that an output that a kernel left unwritten fails loudly."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param

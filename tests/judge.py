@@ -1,0 +1,22 @@
+"""How a result is judged: against the float64 reference, by the error that plain PyTorch makes in the same dtype."""
+
+import torch
+from torch import Tensor
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; equal infinities and NaNs at the same places differ by nothing."""
+    x, exact = x.detach().double().cpu(), exact.detach().double().cpu()
+    assert x.shape == exact.shape, f"shape {tuple(x.shape)}, expected {tuple(exact.shape)}"
+    if x.numel() == 0:
+        return 0.0
+    same = (x == exact) | (x.isnan() & exact.isnan())
+    difference = torch.where(same, 0.0, (x - exact).abs())
+    return float(difference.nan_to_num(nan=float("inf")).max())
+
+
+def assert_accurate(x: Tensor, exact: Tensor, peer: Tensor | None = None, *, k: float = 2.0, eps: float = 1e-6) -> None:
+    """``err(x) <= k * err(peer) + eps``, where ``peer`` is PyTorch's answer in the same dtype (None: the bound is ``eps`` alone)."""
+    mine = error(x, exact)
+    theirs = 0.0 if peer is None else error(peer, exact)
+    assert mine <= k * theirs + eps, f"error {mine:.3e}; plain PyTorch's is {theirs:.3e}, allowed {k} x that + {eps:.1e}"
