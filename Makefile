@@ -1,0 +1,58 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: they create .venv, install the tested set there once, and run.
+# Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Without an NVIDIA GPU, PyTorch's CPU build: a tenth of the download. Where that index is out of reach, PyPI's build serves.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# Settings of an active conda or user environment must not leak into ours.
+unexport PYTHONPATH PYTHONHOME
+export PIP_USER := 0
+
+.PHONY: help demo test lint bench gpu clean
+
+help:
+	@echo "make demo    watch a small language model learn sums by GRPO (4 minutes on 2 CPU cores)"
+	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
+	@echo "make lint    style and types only"
+	@echo "make bench   benchmarks against PyTorch, TRL and Liger, on a GPU where there is one"
+	@echo "make gpu     on a GPU machine: the tests, the memory checker on the kernels, and the benchmarks"
+	@echo "make clean   remove .venv and caches"
+
+demo: $(INSTALLED)
+	$(BIN)/python -m rlkern grpo
+
+test: lint
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest -q bench
+
+gpu: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/gpu_check.sh
+
+$(INSTALLED): requirements.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "rlkern needs Python 3.10 or newer as $(PYTHON); for another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@if command -v nvidia-smi >/dev/null && ! { command -v cc || command -v gcc || command -v clang; } >/dev/null; then \
+		echo "Triton needs a C compiler and Python's headers to launch kernels; on Debian and Ubuntu: apt install gcc python3-dev" >&2; exit 1; fi
+	@echo "Installing the packages of requirements.txt into .venv; this takes a few minutes, once."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(if $(TORCH_INDEX),$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt) 2>/dev/null || true)
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
