@@ -7,10 +7,17 @@ Notation: ``S`` is the shape of per-token tensors (``[..., time]`` padded, or ``
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .config import PolicyLossConfig
+
 IGNORE_INDEX = -100
+Limits = float | tuple[float | None, float | None] | None  # [-x, x], or (low, high) with None for no bound
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -64,13 +71,317 @@ def token_logprobs(
 # ---- 2. Ratio -------------------------------------------------------------------------------------------------------------------------------
 
 
+def clamp(x: Tensor, limits: Limits) -> Tensor:
+    """x clamped to [-limit, limit], or to a pair (low, high) in which None is no bound.  The gradient passes on the edges, not outside."""
+    low, high = limits if isinstance(limits, tuple) else (None if limits is None else -limits, limits)
+    return x if low is None and high is None else torch.clamp(x, low, high)
+
+
+def sequence_of_token(tokens: int, cu_seqlens: Tensor) -> Tensor:
+    """The sequence that each packed token belongs to; the number of sequences for tokens beyond the last one."""
+    return torch.bucketize(torch.arange(tokens, device=cu_seqlens.device), cu_seqlens[1:].long(), right=True)
+
+
+def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum over each sequence: [..., time] -> [...], or [tokens] -> [sequences]."""
+    if cu_seqlens is None:
+        return x.sum(-1)
+    return x.new_zeros(len(cu_seqlens)).index_add(0, sequence_of_token(len(x), cu_seqlens), x)[:-1]
+
+
+def to_tokens(y: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One value a sequence, given to each of its tokens: the shape of ``like``."""
+    if cu_seqlens is None:
+        return y.unsqueeze(-1).expand_as(like)
+    return torch.cat([y, y.new_zeros(1)])[sequence_of_token(len(like), cu_seqlens)]
+
+
+def per_token(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, bool]:
+    """(x in the shape of ``like``, whether x is one value a sequence). One a sequence: a number, [..., 1], [batch] for [batch, time], [sequences]."""
+    if x.dim() == 0:
+        return x.expand_as(like), True
+    if cu_seqlens is not None:
+        one_a_sequence = x.shape != like.shape
+        return (to_tokens(x, like, cu_seqlens) if x.shape == (len(cu_seqlens) - 1,) and one_a_sequence else x.expand_as(like)), one_a_sequence
+    if x.dim() == like.dim() - 1:
+        return to_tokens(x, like, None), True
+    return x.expand_as(like), x.shape[-1] == 1
+
+
+def log_ratio(lp: Tensor, old: Tensor, m: Tensor, level: str, limits: Limits = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """log r of shape S.  token: lp - old;  sequence: its mean over the sequence;  sequence_token: lp - sg(lp) + sg(that);  sequence_sum: its sum."""
+    d = torch.where(m, lp - old, torch.zeros_like(lp))
+    if level != "token":
+        total = sequence_sum(d, cu_seqlens)
+        if level != "sequence_sum":
+            total = total / sequence_sum(m.to(d.dtype), cu_seqlens).clamp(min=1)
+        total = to_tokens(total, lp, cu_seqlens)
+        d = lp - lp.detach() + total.detach() if level == "sequence_token" else total
+    return clamp(d, limits)
+
+
+def importance_ratio(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    level: str = "token",
+    log_ratio_clamp: Limits = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """r = exp(log r) of shape S, 0 at masked positions."""
+    m = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    lp = torch.where(m, logprobs.to(compute_dtype(logprobs)), 0.0)
+    old = lp.detach() if old_logprobs is None else torch.where(m, old_logprobs.detach().to(lp.dtype), 0.0)
+    return torch.where(m, log_ratio(lp, old, m, level, log_ratio_clamp, cu_seqlens).exp(), 0.0)
+
+
 # ---- 3. Surrogates --------------------------------------------------------------------------------------------------------------------------
+
+
+def clip_surrogate(r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
+    """-min(min(r, ratio_cap) A, clamp(r, 1 - clip_low, 1 + clip_high) A);  where A < 0, at most -dual_clip A."""
+    loss = -torch.minimum(clamp(r, (None, c.ratio_cap)) * A, clamp(r, ratio_limits(c)) * A)
+    if c.dual_clip is not None:
+        loss = torch.where(A < 0, torch.minimum(loss, -c.dual_clip * A), loss)
+    return loss
+
+
+def ratio_limits(c: PolicyLossConfig) -> tuple[float | None, float | None]:
+    """(1 - clip_low, 1 + clip_high)."""
+    return None if c.clip_low is None else 1 - c.clip_low, None if c.clip_high is None else 1 + c.clip_high
+
+
+def cispo_surrogate(lp: Tensor, r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
+    """-sg(clamp(r, 1 - clip_low, 1 + clip_high)) A lp;  with cispo_cap: -sg(min(r, cispo_cap)) A lp."""
+    return -clamp(r, ratio_limits(c) if c.cispo_cap is None else (None, c.cispo_cap)).detach() * A * lp
+
+
+def sapo_surrogate(r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
+    """-sigmoid(tau (r - 1)) 4 / tau A."""
+    tau = torch.where(A > 0, c.tau_pos, c.tau_neg).to(r.dtype)
+    return -torch.sigmoid(tau * (r - 1)) * 4 / tau * A
+
+
+def gmpo_surrogate(log_r: Tensor, A: Tensor, kept: Tensor, c: PolicyLossConfig, cu_seqlens: Tensor | None) -> Tensor:
+    """-A exp(mean of the clipped log r over the kept tokens of the sequence)."""
+    limited = clamp(log_r, (None if c.clip_low is None else -c.clip_low, c.clip_high))
+    clipped = torch.where(A > 0, torch.minimum(log_r, limited), torch.maximum(log_r, limited))
+    total = sequence_sum(torch.where(kept, clipped, 0.0), cu_seqlens)
+    mean = total / sequence_sum(kept.to(total.dtype), cu_seqlens).clamp(min=1)
+    return -A * to_tokens(mean.exp(), A, cu_seqlens)
+
+
+def vespo_surrogate(
+    lp: Tensor, log_r: Tensor, A: Tensor, w: Tensor | None, w_by_sequence: bool, c: PolicyLossConfig, cu_seqlens: Tensor | None
+) -> Tensor:
+    """-sg(phi) A lp,  phi = exp(lambda + k s - lambda e^s).  ``log_r`` and ``log w`` are 0 at masked positions."""
+    low, high = math.log(1e-8), 20.0
+    s = to_tokens(sequence_sum(log_r.clamp(-20, 20), cu_seqlens), lp, cu_seqlens)
+    if w is not None:
+        log_w = w.log().clamp(low, high)
+        s = s + (log_w if w_by_sequence else to_tokens(sequence_sum(log_w, cu_seqlens), lp, cu_seqlens))
+    s = s.clamp(low, high)
+    k = torch.where(A >= 0, c.vespo_k_pos, c.vespo_k_neg).to(s.dtype)
+    lam = torch.where(A >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg).to(s.dtype).clamp(min=1e-4)
+    phi = torch.exp(lam + k * s - lam * s.exp()).nan_to_num(nan=0.0, posinf=0.0)
+    return -phi.detach() * A * lp
+
+
+def dppo_surrogate(lp: Tensor, old: Tensor, r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
+    """-r A keep  or  -sg(min(r, ratio_cap)) A lp keep."""
+    low, high = dppo_dropped(lp.detach(), old, A, c)
+    loss = -r * A if c.dppo_form == "ratio" else -clamp(r, (None, c.ratio_cap)).detach() * A * lp
+    return torch.where(low | high, torch.zeros_like(loss), loss)
+
+
+def dppo_dropped(lp: Tensor, old: Tensor, A: Tensor, c: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """(A <= 0 and too far below p_old, A > 0 and too far above): the tokens outside the trust region, in total variation or binary KL."""
+    p, p_old = lp.exp(), old.exp()
+    clip_low, clip_high = (math.inf if x is None else x for x in (c.clip_low, c.clip_high))
+    if c.surrogate == "dppo_tv":
+        return (A <= 0) & (p - p_old < -clip_low), (A > 0) & (p - p_old > clip_high)
+    other, other_old = -torch.expm1(lp), -torch.expm1(old)  # 1 - p, 1 - p_old; 0 log 0 = 0
+    distance = torch.where(p_old > 0, p_old * (old - lp), 0.0) + torch.where(other_old > 0, other_old * (other_old.log() - other.log()), 0.0)
+    return (A <= 0) & (distance > clip_low) & (p < p_old), (A > 0) & (distance > clip_high) & (p > p_old)
+
+
+def clipped_tokens(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, c: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that the surrogate clips (below with A < 0, above with A > 0, by dual_clip); none for sapo, vespo and reinforce."""
+    r, none = log_r.exp(), torch.zeros_like(A, dtype=torch.bool)
+    if c.surrogate in ("dppo_tv", "dppo_kl"):
+        return *dppo_dropped(lp, old, A, c), none
+    if c.surrogate not in ("clip", "cispo", "gmpo"):
+        return none, none, none
+    low, high = ratio_limits(c)
+    if c.surrogate == "cispo" and c.cispo_cap is not None:
+        low, high = None, c.cispo_cap
+    if c.surrogate == "gmpo":
+        r, low, high = log_r, None if c.clip_low is None else -c.clip_low, c.clip_high
+    dual = none
+    if c.surrogate == "clip" and c.dual_clip is not None:
+        undual = -torch.minimum(clamp(r, (None, c.ratio_cap)) * A, clamp(r, (low, high)) * A)
+        dual = (A < 0) & (undual > -c.dual_clip * A)
+    return none if low is None else (A < 0) & (r < low), none if high is None else (A > 0) & (r > high), dual
 
 
 # ---- 4. KL estimators -----------------------------------------------------------------------------------------------------------------------
 
 
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: str = "k3",
+    *,
+    mask: Tensor | None = None,
+    input_clamp: Limits = None,
+    output_clamp: Limits = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """k1 = -d,  abs = |d|,  k2 = d^2 / 2,  k3 = expm1(d) - d  with d = ref - lp;  a "+": that value with the gradient of k2.
+
+    ``weight`` multiplies before the output clamp, with its gradient. Where the input clamp acts nothing has a gradient. 0 at masked positions.
+    """
+    m = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    lp = torch.where(m, logprobs.to(compute_dtype(logprobs)), 0.0)
+    unclamped = torch.where(m, ref_logprobs.detach().to(lp.dtype), 0.0) - lp
+    d = clamp(unclamped, input_clamp)
+    k2 = d * d / 2
+    kl = {"k1": -d, "abs": d.abs(), "k2": k2, "k3": torch.expm1(d) - d}[estimator.removesuffix("+")]
+    if estimator.endswith("+"):
+        kl = kl.detach() + (k2 - k2.detach())
+    if weight is not None:
+        kl = kl * weight
+    if input_clamp is not None:
+        kl = torch.where(d == unclamped, kl, kl.detach())
+    return torch.where(m, clamp(kl, output_clamp), 0.0)
+
+
 # ---- 5. Aggregation -------------------------------------------------------------------------------------------------------------------------
+
+
+def aggregation_weights(
+    m: Tensor,
+    aggregation: str,
+    *,
+    dtype: torch.dtype,
+    normalizer: float | Tensor | None = None,
+    max_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The vector a of shape S with which every aggregation is  sum_i a_i l_i.
+
+    token-mean m / M;  seq-mean-token-mean m / (len_b B);  seq-mean-token-sum m / B;  seq-mean-token-sum-norm m / (B max_length);  sum m / 1.
+    M: valid tokens, B: non-empty sequences, or ``normalizer`` instead of M, B and 1; a count of 0 divides by 1.
+    """
+    a = m.to(dtype)
+    lengths = sequence_sum(a, cu_seqlens)
+    if normalizer is None:
+        normalizer = {"token-mean": a.sum(), "sum": torch.ones_like(a.sum())}.get(aggregation, (lengths > 0).sum().to(dtype))
+    else:
+        normalizer = torch.as_tensor(normalizer, device=a.device).to(dtype)
+    if aggregation == "seq-mean-token-mean":
+        a = a / to_tokens(lengths, a, cu_seqlens).clamp(min=1)
+    if aggregation == "seq-mean-token-sum-norm":
+        a = a / (m.shape[-1] if max_length is None else max_length)
+    return a / torch.where(normalizer == 0, 1.0, normalizer)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics).  loss = sum_i a_i (off_policy_i entropy_mask_i w_i surrogate_i + kl_coef KL_i) - entropy_coef sum_i a'_i entropy_i."""
+    c, dtype = config, compute_dtype(logprobs)
+    m = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+
+    def read(x: Tensor, masked: float = 0.0) -> Tensor:  # a masked position is never read
+        return torch.where(m, x.to(dtype), masked)
+
+    def constant(x: Tensor) -> Tensor:
+        return read(x.detach())
+
+    lp = read(logprobs)
+    old = lp.detach() if old_logprobs is None else constant(old_logprobs)
+    A = constant(per_token(advantages, lp, cu_seqlens)[0])
+    log_r = log_ratio(lp, old, m, c.ratio_level, c.log_ratio_clamp, cu_seqlens)
+    r = log_r.exp()
+    kept = m if entropy_mask is None else m & (entropy_mask != 0)
+    w, w_by_sequence = None, False
+    if importance_weights is not None:
+        w, w_by_sequence = per_token(importance_weights.detach(), lp, cu_seqlens)
+        w = read(w, masked=1.0)
+
+    if c.surrogate == "clip":
+        loss = clip_surrogate(r, A, c)
+    elif c.surrogate == "cispo":
+        loss = cispo_surrogate(lp, r, A, c)
+    elif c.surrogate == "sapo":
+        loss = sapo_surrogate(r, A, c)
+    elif c.surrogate == "gmpo":
+        loss = gmpo_surrogate(log_r, A, kept, c, cu_seqlens)
+    elif c.surrogate == "vespo":
+        loss = vespo_surrogate(lp, log_r.detach(), A, w, w_by_sequence, c, cu_seqlens)
+    elif c.surrogate in ("dppo_tv", "dppo_kl"):
+        loss = dppo_surrogate(lp, old, r, A, c)
+    else:
+        loss = -A * lp
+
+    if c.off_policy_threshold is not None and sampling_logprobs is not None:
+        drift = sequence_sum(constant(sampling_logprobs) - lp.detach(), cu_seqlens)
+        drift = drift / sequence_sum(m.to(dtype), cu_seqlens).clamp(min=1)
+        loss = torch.where((A < 0) & (to_tokens(drift, lp, cu_seqlens) > c.off_policy_threshold), 0.0, loss)
+    if c.surrogate != "gmpo":  # there the mask has already acted, on the mean
+        loss = torch.where(kept, loss, 0.0)
+    if w is not None and c.surrogate != "vespo":
+        loss = loss * w
+    kl = torch.zeros_like(lp)
+    if ref_logprobs is not None:
+        weight = None
+        if c.kl_ratio_weighted is True:
+            weight = r
+        elif c.kl_ratio_weighted == "score":
+            weight = torch.exp(lp - lp.detach())
+        elif c.kl_ratio_weighted == "sampling" and sampling_logprobs is not None:
+            weight = torch.exp(lp - constant(sampling_logprobs))
+        kl = kl_penalty(lp, constant(ref_logprobs), c.kl_estimator, input_clamp=c.kl_input_clamp, output_clamp=c.kl_output_clamp, weight=weight)
+    if c.kl_coef != 0:
+        loss = loss + c.kl_coef * kl
+
+    a = aggregation_weights(m, c.aggregation, dtype=dtype, normalizer=normalizer, max_length=c.max_length, cu_seqlens=cu_seqlens)
+    total = (a * torch.where(m, loss, 0.0)).sum()
+    if c.entropy_coef != 0 and entropy is not None:
+        if c.entropy_aggregation is not None:
+            a = aggregation_weights(kept, c.entropy_aggregation, dtype=dtype, max_length=c.max_length, cu_seqlens=cu_seqlens)
+        total = total - c.entropy_coef * (a * read(entropy)).sum()
+
+    count = m.sum().clamp(min=1)
+    low, high, dual = clipped_tokens(lp.detach(), old, log_r.detach(), A, c)
+    per_token_metrics = {
+        "clip_fraction": low | high,
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
+        "dual_clip_fraction": dual,
+        "approx_kl": old - lp,
+        "kl": kl,
+        "entropy": torch.zeros_like(lp) if entropy is None else read(entropy),
+        "ratio_mean": r,
+    }
+    metrics = {name: torch.where(m, x.detach().to(dtype), 0.0).sum() / count for name, x in per_token_metrics.items()}
+    largest = torch.where(m, r.detach(), -torch.inf).amax() if r.numel() else torch.zeros((), dtype=dtype, device=r.device)
+    metrics["ratio_max"] = torch.where(m.any(), largest, 0.0)
+    return total, metrics
 
 
 # ---- 6. Advantages --------------------------------------------------------------------------------------------------------------------------
