@@ -1,5 +1,6 @@
 """Checks of arguments, made on the host before any launch. Each error names the argument, what was given and what is expected."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: int, *, like: Tensor, validate: bo
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}")
     if validate:
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {ends if len(ends) <= 12 else [*ends[:12], '...']}")
 
 

@@ -1,0 +1,224 @@
+"""Kernels over logits: log-prob and entropy of the chosen token in one read, and their gradient in one read and one write.
+
+A row is ``V`` logits of any float dtype with unit stride. Rows lie at two strides, so that a slice such as ``logits[:, :-1]`` is read in place.
+A row that is masked, or whose id is -100, is dead: none of its logits is loaded. A live row with an id outside [0, V) becomes NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from . import softmax
+
+IGNORE_INDEX = tl.constexpr(-100)
+
+
+@triton.jit
+def row_pointer(base, row, inner, outer_stride, inner_stride):
+    """Where a row starts; int64, since a batch of logits passes 2^31 elements."""
+    return base + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def is_live(row, ids_ptr, mask_ptr, in_range):
+    """The row's id, and whether the row counts."""
+    token = tl.load(ids_ptr + row, mask=in_range, other=IGNORE_INDEX)
+    live = token != IGNORE_INDEX
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + row, mask=in_range, other=0) != 0)
+    return token, live
+
+
+@triton.jit
+def row_scale(row, scale, temperature_ptr, live):
+    """logit_scale / T of a row: ``scale`` holds all of it, or only the logit scale where there is a temperature for each token."""
+    c = tl.cast(scale, tl.float32)
+    if temperature_ptr is not None:
+        c = c / tl.load(temperature_ptr + row, mask=live, other=1.0).to(tl.float32)
+    return c
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), by the exponential since not every target has a tanh; -inf stays -inf."""
+    if cap is None:
+        return x
+    z = cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap))))
+    return tl.where(x == softmax.NEG_INF, softmax.NEG_INF, z)
+
+
+@triton.jit
+def load_target(x_row, token, V, cap, live):
+    """The chosen token's soft-capped logit; NaN where the id is outside the vocabulary, which is then not read."""
+    inside = (token >= 0) & (token < V)
+    x = tl.load(x_row + token, mask=live & inside, other=0.0).to(tl.float32)
+    return tl.where(inside, soft_cap(x, cap), float("nan"))
+
+
+@triton.jit
+def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """State of the online softmax over the blocks of a row that begin in [start, stop)."""
+    m = tl.full([], softmax.NEG_INF, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    for begin in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+        # V itself bounds the columns: where it is a multiple of 16, the compiler sees that and loads 128 bits at a time.
+        x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy="evict_first").to(tl.float32)
+        m, s, t = softmax.update(m, s, t, soft_cap(x, cap), c, ENTROPY)
+    return m, tl.sum(s, 0), tl.sum(t, 0)
+
+
+@triton.jit
+def store_statistics(row, keep, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token):
+    """Finish a state and store what the caller wants and the backward needs; zeros for a dead row."""
+    logprob, entropy, log2_s = softmax.statistics(m, s, t, x_target, c)
+    tl.store(logprob_ptr + row, tl.where(live, logprob, 0.0), mask=keep)
+    tl.store(max_ptr + row, tl.where(live, m, 0.0), mask=keep)
+    tl.store(log2_sum_ptr + row, tl.where(live, log2_s, 0.0), mask=keep)
+    if entropy_ptr is not None:
+        entropy = tl.where((token >= 0) & (token < V), entropy, float("nan"))
+        tl.store(entropy_ptr + row, tl.where(live, entropy, 0.0), mask=keep)
+
+
+@triton.jit(do_not_specialize=["inner", "segments"])
+def statistics_kernel(
+    x_ptr,
+    ids_ptr,
+    mask_ptr,
+    temperature_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    max_ptr,
+    log2_sum_ptr,
+    partial_ptr,
+    V,
+    inner,
+    outer_stride,
+    inner_stride,
+    segments,
+    scale,
+    cap,
+    ENTROPY: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a (row, segment of columns). Segments depend on V alone, so a row's result does not depend on the other rows.
+
+    A row of one segment is finished here; otherwise ``partial_ptr [rows, segments, 3]`` takes the state, for combine_kernel.
+    """
+    program = tl.program_id(0)
+    row = (program // segments).to(tl.int64)
+    part = program % segments
+    token, live = is_live(row, ids_ptr, mask_ptr, True)
+    c = row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
+    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
+    start = part * SEGMENT
+    # A dead row has no columns.
+    stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
+    m, s, t = segment_statistics(x_row, start, stop, V, c, cap, ENTROPY, BLOCK, STAGES)
+    if partial_ptr is None:
+        x_target = load_target(x_row, token, V, cap, live)
+        store_statistics(row, True, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+    else:
+        partial = partial_ptr + (row * segments + part) * 3
+        tl.store(partial, m, mask=live)
+        tl.store(partial + 1, s, mask=live)
+        tl.store(partial + 2, t, mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "inner", "segments"])
+def combine_kernel(
+    x_ptr,
+    ids_ptr,
+    mask_ptr,
+    temperature_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    max_ptr,
+    log2_sum_ptr,
+    partial_ptr,
+    N,
+    V,
+    inner,
+    outer_stride,
+    inner_stride,
+    segments,
+    scale,
+    cap,
+    ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Merge the segments of ROWS rows, and fetch their targets. SEGMENTS: a power of two that holds ``segments``."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < N
+    token, live = is_live(row, ids_ptr, mask_ptr, keep)
+    c = row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
+    part = tl.arange(0, SEGMENTS)
+    partial = partial_ptr + (row[:, None] * segments + part[None, :]) * 3
+    there = live[:, None] & (part < segments)[None, :]
+    m = tl.load(partial, mask=there, other=softmax.NEG_INF)
+    s = tl.load(partial + 1, mask=there, other=0.0)
+    t = tl.load(partial + 2, mask=there, other=0.0)
+    m, s, t = softmax.merge(m, s, t, c, 1)
+    x_target = load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, cap, live)
+    store_statistics(row, keep, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+
+
+@triton.jit
+def store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, ENTROPY: tl.constexpr):
+    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``; zeros, unread, where the row is dead."""
+    there = column < V
+    x = tl.load(x_row + column, mask=there & live, other=softmax.NEG_INF).to(tl.float32)
+    z = soft_cap(x, cap)
+    dx = softmax.gradient(z, column == token, m, log2_s, entropy, a, b, scale * softmax.LOG2E, ENTROPY) * scale
+    if cap is not None:
+        u = tl.where(x == softmax.NEG_INF, 0.0, z / cap)
+        dx *= 1.0 - u * u
+    tl.store(dx_row + column, tl.where(live, dx, 0.0).to(dx_row.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["inner", "blocks"])
+def backward_kernel(
+    x_ptr,
+    dx_ptr,
+    ids_ptr,
+    mask_ptr,
+    temperature_ptr,
+    entropy_ptr,
+    max_ptr,
+    log2_sum_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    V,
+    inner,
+    outer_stride,
+    inner_stride,
+    dx_outer_stride,
+    dx_inner_stride,
+    blocks,
+    scale,
+    cap,
+    BLOCK: tl.constexpr,
+):
+    """One program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    token, live = is_live(row, ids_ptr, mask_ptr, True)
+    a = tl.load(grad_logprob_ptr + row, mask=live, other=0.0)
+    b = 0.0
+    entropy = 0.0
+    moves = a != 0.0
+    if grad_entropy_ptr is not None:
+        b = tl.load(grad_entropy_ptr + row, mask=live, other=0.0)
+        entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
+        moves = moves | (b != 0.0)
+    live = live & moves
+    a = tl.where((token >= 0) & (token < V), a, float("nan"))
+    m = tl.load(max_ptr + row, mask=live, other=0.0)
+    log2_s = tl.load(log2_sum_ptr + row, mask=live, other=0.0)
+    c = row_scale(row, scale, temperature_ptr, live)
+    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
+    dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
+    store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, c, cap, live, grad_entropy_ptr is not None)

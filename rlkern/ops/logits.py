@@ -1,0 +1,463 @@
+"""Log-prob and entropy of the chosen token from logits, forward and backward: Triton launchers and the chunked PyTorch path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._backend import device_of
+from .._checks import state_dtype
+
+IGNORE_INDEX = -100
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# ---- rows -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., V]`` as ``[outer, inner, V]``: a view where unit stride and two row strides can say it (any slice of [batch, time, V]), else a copy."""
+    levels: list[list[int]] = []  # [size, stride], outermost first
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = [levels[-1][0] * size, stride]
+        else:
+            levels.append([size, stride])
+    if len(levels) > 2 or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return x.reshape(1, -1, x.shape[-1])
+    levels = [[1, 0]] * (2 - len(levels)) + levels
+    (outer, outer_stride), (inner, inner_stride) = levels
+    return x.as_strided((outer, inner, x.shape[-1]), (outer_stride, inner_stride, 1))
+
+
+def live_rows(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Which positions count, as bool: not masked, and not the ignored id."""
+    live = ids != IGNORE_INDEX
+    return live if mask is None else live & (mask != 0)
+
+
+def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """ValueError naming the first counted position whose id is outside ``[0, vocabulary)``. Synchronises."""
+    wrong = live_rows(ids, mask) & ((ids < 0) | (ids >= vocabulary))
+    if bool(wrong.any()):
+        position = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"ids{list(position)} is {int(ids[position])}, outside the vocabulary [0, {vocabulary}); mask it or use {IGNORE_INDEX} to ignore it"
+        )
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a row of logits is cut: ``block`` columns at a time by ``warps`` warps; ``segment`` columns a program in the forward."""
+
+    block: int
+    segment: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
+        """By the vocabulary and the size of an element alone, never by the number of rows: results must not depend on the batch."""
+        # 16 bytes a thread and load; 8 warps keep the two float32 accumulators of a block in registers.
+        block = min(8192 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
+        return cls(block=block, segment=32768, warps=max(1, min(8, block * itemsize // 1024)), stages=3)
+
+
+def _row_arguments(ids: Tensor, mask: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return ids.contiguous(), None if mask is None else mask.contiguous(), None if temperature is None else temperature.contiguous()
+
+
+def _triton_forward(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, out: tuple[Tensor, ...]
+) -> None:
+    from ..kernels import logits as kernels
+
+    x = as_rows(logits)
+    rows, vocabulary = ids.numel(), x.shape[-1]
+    config = RowConfig.of(vocabulary, x.element_size())
+    segments = -(-vocabulary // config.segment)
+    ids, mask, temperature = _row_arguments(ids, mask, temperature)
+    logprob, entropy, row_max, log2_sum = out
+    results = (logprob, entropy if entropy.numel() else None, row_max, log2_sum)
+    partial = torch.empty(rows, segments, 3, dtype=torch.float32, device=x.device) if segments > 1 else None
+    layout = (x.shape[1], x.stride(0), x.stride(1), segments, scale, cap)
+    with device_of(x):
+        kernels.statistics_kernel[(rows * segments,)](
+            x,
+            ids,
+            mask,
+            temperature,
+            *results,
+            partial,
+            vocabulary,
+            *layout,
+            ENTROPY=results[1] is not None,
+            SEGMENT=config.segment,
+            BLOCK=config.block,
+            STAGES=config.stages,
+            num_warps=config.warps,
+        )
+        if partial is not None:
+            block = 32
+            kernels.combine_kernel[(-(-rows // block),)](
+                x,
+                ids,
+                mask,
+                temperature,
+                *results,
+                partial,
+                rows,
+                vocabulary,
+                *layout,
+                ROWS=block,
+                SEGMENTS=1 << (segments - 1).bit_length(),
+                num_warps=1,
+            )
+
+
+def _triton_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    out: Tensor,
+) -> None:
+    from ..kernels import logits as kernels
+
+    x, dx = as_rows(logits), as_rows(out)
+    vocabulary = x.shape[-1]
+    config = RowConfig.of(vocabulary, x.element_size())
+    blocks = -(-vocabulary // config.block)
+    with device_of(x):
+        kernels.backward_kernel[(ids.numel() * blocks,)](
+            x,
+            dx,
+            *_row_arguments(ids, mask, temperature),
+            entropy,
+            row_max,
+            log2_sum,
+            grad_logprob.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            vocabulary,
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
+            blocks,
+            scale,
+            cap,
+            BLOCK=config.block,
+            num_warps=config.warps,
+        )
+
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
+
+# Elements of a chunk of rows: 1 MiB of float32, which stays in a core's cache between the passes over it.
+CHUNK = 1 << 18
+_LOG2E = 1 / math.log(2.0)
+_LOWEST = -1e30  # stands for -inf where it meets a probability of 0
+
+
+def locate(x: Tensor, rows: slice | Tensor) -> tuple[int | Tensor, slice | Tensor]:
+    """The index of ``rows`` in ``x [outer, inner, V]``; a slice stays a slice, and so a view, where there is one outer level."""
+    if x.shape[0] == 1:
+        return 0, rows
+    flat = torch.arange(x.shape[0] * x.shape[1], device=x.device)[rows]
+    return flat // x.shape[1], flat % x.shape[1]
+
+
+@dataclass
+class Chunks:
+    """Walks the live rows of ``x`` in chunks that fit the cache, in ``dtype``. A row's arithmetic does not depend on the chunk it is in."""
+
+    x: Tensor  # [outer, inner, V]
+    live: Tensor  # [rows] bool
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        rows, vocabulary = self.live.numel(), self.x.shape[-1]
+        self.size = max(2, CHUNK // vocabulary)
+        self.index = None if bool(self.live.all()) else self.live.nonzero().squeeze(1)
+        self.rows = rows if self.index is None else self.index.numel()
+        # A sum over a single row would be split between threads, and so be rounded otherwise than among others: two rows at least.
+        self.buffer = torch.empty(max(2, min(self.size, self.rows)), vocabulary, dtype=self.dtype, device=self.x.device)
+
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """(rows, their logits [n, V], n >= 2, the last one repeated if need be)."""
+        for start in range(0, self.rows, self.size):
+            stop = min(start + self.size, self.rows)
+            rows: slice | Tensor = slice(start, stop) if self.index is None else self.index[start:stop]
+            chunk = self.x[locate(self.x, rows)]
+            if stop - start == 1:
+                chunk = chunk.expand(2, -1)
+            yield rows, chunk
+
+
+def soft_capped(x: Tensor, cap: float | None, out: Tensor) -> Tensor:
+    """cap * tanh(x / cap) in ``out`` (which may be ``x``), -inf staying -inf; without a cap, ``x`` in the dtype of ``out``."""
+    if cap is None:
+        return x if x.dtype == out.dtype else out.copy_(x)
+    excluded = x == -torch.inf
+    return out.copy_(x).div_(cap).tanh_().mul_(cap).masked_fill_(excluded, -torch.inf)
+
+
+def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, n: int, dtype: torch.dtype) -> float | Tensor:
+    """logit_scale / T: a number, or ``[n, 1]`` for a temperature a token."""
+    if temperature is None:
+        return scale
+    return (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1).expand(n, 1)
+
+
+def _torch_forward(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, out: tuple[Tensor, ...]
+) -> None:
+    vocabulary = logits.shape[-1]
+    flat = ids.flatten()
+    inside = (flat >= 0) & (flat < vocabulary)
+    target = torch.where(inside, flat, 0).long()
+    logprob, entropy, row_max, log2_sum = (o.view(-1) for o in out)
+    for o in out:
+        o.zero_()
+    chunks = Chunks(as_rows(logits), live_rows(ids, mask).flatten(), state_dtype(logits))
+    for rows, raw in chunks:
+        n = raw.shape[0]
+        live = target[rows].numel()
+        buffer = chunks.buffer[:n]
+        c = row_scale(scale, temperature, rows, n, buffer.dtype)
+        x = soft_capped(raw, cap, buffer)
+        m = x.amax(-1, keepdim=True)
+        x_target = x[:live].gather(-1, target[rows].unsqueeze(1)).squeeze(1)
+        d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer).mul_(c * _LOG2E)
+        if entropy.numel():
+            e = torch.exp2(d)
+            s = e.sum(-1)
+            entropy[rows] = (s.log() - e.mul_(d.clamp_(min=_LOWEST)).sum(-1).div_(s) / _LOG2E)[:live].masked_fill_(~inside[rows], torch.nan)
+        else:
+            s = d.exp2_().sum(-1)
+        c = c if isinstance(c, float) else c[:live, 0]
+        lp = (x_target - m[:live, 0]) * c - s[:live].log()
+        logprob[rows] = lp.masked_fill_(~inside[rows], torch.nan)
+        row_max[rows] = m[:live, 0]
+        log2_sum[rows] = s[:live].log2()
+
+
+def _torch_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    out: Tensor,
+) -> None:
+    x, dx = as_rows(logits), as_rows(out)
+    flat, a = ids.flatten(), grad_logprob.flatten()
+    b = None if grad_entropy is None else grad_entropy.flatten()
+    live = live_rows(ids, mask).flatten() & ((a != 0) if b is None else (a != 0) | (b != 0))
+    inside = (flat >= 0) & (flat < x.shape[-1])
+    a = a.masked_fill(~inside, torch.nan)
+    target = torch.where(inside, flat, 0).long()
+    m, log2_s, h = row_max.view(-1, 1), log2_sum.view(-1, 1), entropy.view(-1, 1)
+    chunks = Chunks(x, live, state_dtype(logits))
+    for rows, raw in chunks:
+        at = target[rows].unsqueeze(1)
+        n = at.shape[0]
+        # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
+        place = dx[0, rows] if isinstance(rows, slice) and dx.shape[0] == 1 and dx.dtype == chunks.dtype else None
+        buffer = chunks.buffer[:n] if place is None else place
+        c = row_scale(scale, temperature, rows, n, chunks.dtype)
+        upstream = a[rows].unsqueeze(1) * c
+        z = soft_capped(raw[:n], cap, buffer)  # nothing is summed here: no need of a second row
+        # With z = -inf the gradient is 0, unless the row's statistics are not finite.
+        hit = upstream.masked_fill(z.gather(-1, at) == -torch.inf, 0.0)
+        slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
+        t = torch.sub(z, m[rows], out=buffer).mul_(c * _LOG2E).sub_(log2_s[rows])
+        if b is None:
+            dz = t.exp2_().mul_(-upstream)
+        else:
+            p = torch.exp2(t)
+            dz = t.clamp_(min=_LOWEST).mul_(b[rows].unsqueeze(1) * c * -math.log(2.0)).sub_(h[rows] * b[rows].unsqueeze(1) * c + upstream).mul_(p)
+        dz.scatter_add_(1, at, hit)
+        if slope is not None:
+            dz.mul_(slope)
+        if place is None:
+            dx[locate(dx, rows)] = dz.to(dx.dtype)
+    if chunks.index is not None:
+        dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
+
+
+# ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlkern::token_logprobs", mutates_args=())
+def token_logprobs_op(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, row maximum, log2 of the sum relative to it), each of the shape of ``ids``; entropy is empty unless asked for."""
+    if validate:
+        check_ids(ids, mask, logits.shape[-1])
+    out = _empty_statistics(logits, ids, with_entropy)
+    if ids.numel():
+        forward = _triton_forward if backend == "triton" else _torch_forward
+        forward(logits, ids, mask, temperature, scale, cap, out)
+    return out
+
+
+def _empty_statistics(logits: Tensor, ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = state_dtype(logits)
+    logprob, row_max, log2_sum = (torch.empty(ids.shape, dtype=dtype, device=ids.device) for _ in range(3))
+    entropy = torch.empty(ids.shape if with_entropy else (0,), dtype=dtype, device=ids.device)
+    return logprob, entropy, row_max, log2_sum
+
+
+@token_logprobs_op.register_fake
+def _(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_statistics(logits, ids, with_entropy)
+
+
+def _backward_into(out: Tensor, backend: str, *args: Any) -> None:
+    if out.numel():
+        backward = _triton_backward if backend == "triton" else _torch_backward
+        backward(*args, out)
+
+
+@torch.library.custom_op("rlkern::token_logprobs_backward", mutates_args=())
+def token_logprobs_backward_op(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    backend: str,
+) -> Tensor:
+    """d loss / d logits in a new tensor."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward_into(out, backend, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum)
+    return out
+
+
+@token_logprobs_backward_op.register_fake
+def _(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rlkern::token_logprobs_backward_", mutates_args=("logits",))
+def token_logprobs_backward_inplace_op(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    backend: str,
+) -> None:
+    """d loss / d logits, written over ``logits``."""
+    _backward_into(logits, backend, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Differentiable in logits, through the log-prob and through the entropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        scale: float,
+        cap: float | None,
+        with_entropy: bool,
+        inplace_backward: bool,
+        validate: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        logprob, entropy, row_max, log2_sum = token_logprobs_op(logits, ids, mask, temperature, scale, cap, with_entropy, validate, backend)
+        ctx.save_for_backward(logits, ids, mask, temperature, entropy, row_max, log2_sum)
+        ctx.scale, ctx.cap, ctx.inplace, ctx.backend = scale, cap, inplace_backward, backend
+        ctx.set_materialize_grads(False)
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, ids, mask, temperature, entropy, row_max, log2_sum = ctx.saved_tensors
+        if entropy.numel() == 0:
+            grad_entropy = None
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 10
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(row_max)
+        args = (grad_logprob, grad_entropy, logits, ids, mask, temperature, ctx.scale, ctx.cap, entropy, row_max, log2_sum, ctx.backend)
+        if ctx.inplace:
+            token_logprobs_backward_inplace_op(*args)
+            return (logits.detach(),) + (None,) * 9
+        return (token_logprobs_backward_op(*args),) + (None,) * 9

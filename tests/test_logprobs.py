@@ -1,0 +1,401 @@
+"""token_logprobs: values and gradients of both backends against the float64 reference, and the promises of the interface."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge import assert_accurate
+
+import rlkern as rk
+from rlkern import reference
+from rlkern.ops import logits as ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def eager(logits, ids, temperature=1.0, softcap=None, logit_scale=1.0):
+    """What a user writes, in the dtype of the logits: the error of this is what ours is judged by."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.unsqueeze(-1).to(logits.dtype)
+    logp = torch.log_softmax(logits * logit_scale / temperature, -1)
+    # 0 * -inf would be NaN
+    return logp.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+
+
+def gradients(function, logits, a, b):
+    logits = logits.detach().clone().requires_grad_()
+    logprobs, entropy = function(logits)
+    ((logprobs.double() * a).sum() + (entropy.double() * b).sum()).backward()
+    return logprobs.detach(), entropy.detach(), logits.grad
+
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "temperature per token": {"temperature": "tensor"},
+    "softcap": {"softcap": 20.0},
+    "everything": {"temperature": "tensor", "softcap": 15.0, "logit_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(backend, device, dtype, options):
+    shape, vocabulary = (3, 4), 999
+    logits = (torch.randn(*shape, vocabulary, device=device) * 4).to(dtype)
+    logits[1] *= 5  # peaked: gradients that matter
+    ids = torch.randint(vocabulary, shape, device=device)
+    options = dict(options)
+    if options.get("temperature") == "tensor":
+        options["temperature"] = torch.rand(shape, device=device) + 0.5
+    a, b = torch.randn(2, *shape, dtype=torch.float64, device=device)
+    exact = gradients(lambda x: reference.token_logprobs(x, ids, with_entropy=True, **options), logits.double(), a, b)
+    peer = gradients(lambda x: eager(x, ids, **options), logits, a, b)
+    mine = gradients(lambda x: rk.token_logprobs(x, ids, with_entropy=True, backend=backend, **options), logits, a, b)
+    assert mine[0].dtype == mine[1].dtype == torch.float32
+    assert mine[2].dtype == dtype
+    assert_accurate(mine[0], exact[0], eps=1e-5)  # whatever plain PyTorch's error is
+    assert_accurate(mine[1], exact[1], eps=1e-5)
+    assert_accurate(mine[2], exact[2], peer[2])
+
+
+def test_segments_of_a_long_row_are_merged(backend, device):
+    vocabulary = 2 * 32768 + 77
+    logits = torch.randn(3, vocabulary, device=device) * 3
+    logits[1, : 32768 + 5] = -torch.inf  # a whole leading segment, and a part of the next
+    ids = torch.tensor([0, vocabulary - 1, 40000], device=device)
+    a, b = torch.randn(2, 3, dtype=torch.float64, device=device)
+    exact = gradients(lambda x: reference.token_logprobs(x, ids, with_entropy=True), logits.double(), a, b)
+    mine = gradients(lambda x: rk.token_logprobs(x, ids, with_entropy=True, backend=backend), logits, a, b)
+    for x, y in zip(mine, exact, strict=True):
+        assert_accurate(x, y, eps=5e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    vocabulary=st.sampled_from([1, 2, 3, 127, 128, 129, 1000]),
+    dtype=st.sampled_from(DTYPES),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    spread=st.sampled_from([0.1, 3.0, 60.0]),
+    offset=st.sampled_from([0.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(rows, vocabulary, dtype, index, spread, offset, seed):
+    torch.manual_seed(seed)
+    logits = (torch.randn(rows, vocabulary) * spread + offset).to(dtype)
+    ids = torch.randint(vocabulary, (rows,), dtype=index)
+    mask = torch.rand(rows) > 0.3
+    a, b = torch.randn(2, rows, dtype=torch.float64)
+    exact = gradients(lambda x: reference.token_logprobs(x, ids, mask=mask, with_entropy=True), logits.double(), a, b)
+    peer = gradients(lambda x: eager(torch.where(mask[:, None], x, 0.0), ids), logits, a * mask, b * mask)
+    for backend in ("torch", "triton"):
+        mine = gradients(lambda x, backend=backend: rk.token_logprobs(x, ids, mask=mask, with_entropy=True, backend=backend), logits, a, b)
+        scale = max(1.0, float(exact[0].abs().max())) if rows else 1.0
+        assert_accurate(mine[0], exact[0], eps=1e-5 * max(1.0, scale / 100))
+        assert_accurate(mine[1], exact[1], eps=1e-5)
+        assert_accurate(mine[2], exact[2], peer[2], eps=2e-5)
+
+
+def test_bf16_is_within_1e_5_of_float64(backend, device):
+    logits = (torch.randn(8, 4000, device=device) * 8).bfloat16()
+    ids = torch.randint(4000, (8,), device=device)
+    exact = torch.log_softmax(logits.double(), -1).gather(-1, ids[:, None])[:, 0]
+    assert_accurate(rk.token_logprobs(logits, ids, backend=backend), exact, eps=1e-5)
+    assert (torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0] - exact).abs().max() > 1e-3  # as the usual path is not
+
+
+def test_masked_positions_are_never_read_and_give_zero(backend, device):
+    logits = torch.randn(4, 200, device=device)
+    logits[1], logits[2] = torch.nan, torch.inf
+    logits.requires_grad_()
+    ids = torch.tensor([5, 10**6, -100, 7], device=device)
+    mask = torch.tensor([2, 0, 1, 1], device=device)
+    logprobs, entropy = rk.token_logprobs(logits, ids, mask=mask, with_entropy=True, backend=backend)
+    assert logprobs[1:3].tolist() == entropy[1:3].tolist() == [0.0, 0.0]
+    (logprobs.sum() + entropy.sum()).backward()
+    assert torch.all(logits.grad[1:3] == 0)
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_mask_of_any_dtype(backend, device, dtype):
+    logits, ids = torch.randn(4, 50, device=device), torch.arange(4, device=device)
+    mask = torch.tensor([1, 0, 1, 0], device=device).to(dtype)
+    logprobs = rk.token_logprobs(logits, ids, mask=mask, backend=backend)
+    assert (logprobs == 0).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_infinite_logits(backend, device, softcap):
+    logits = torch.randn(6, 300, device=device)
+    logits[0, :130] = -torch.inf  # a leading block
+    logits[1, 7] = -torch.inf  # the target
+    logits[2] = -torch.inf
+    logits[3, 5] = torch.nan
+    if softcap is None:
+        logits[4, 5] = torch.inf
+    ids = torch.tensor([200, 7, 7, 7, 7, 7], device=device)
+    a, b = torch.ones(2, 6, dtype=torch.float64, device=device)
+    options = {"softcap": softcap, "with_entropy": True}
+    logprobs, entropy, grad = gradients(lambda x: rk.token_logprobs(x, ids, backend=backend, **options), logits, a, b)
+    exact = reference.token_logprobs(logits.double(), ids, **options)
+    assert_accurate(logprobs, exact[0], eps=1e-5)
+    assert_accurate(entropy, exact[1], eps=1e-5)
+    assert logprobs[1] == -torch.inf
+    assert torch.isnan(logprobs).nonzero().flatten().tolist() == ([2, 3, 4] if softcap is None else [2, 3])
+    assert torch.all(grad[0, :130] == 0)
+    assert torch.isfinite(grad[[0, 1, 5]]).all()
+    assert torch.isnan(grad[2:4]).all()
+
+
+def test_id_outside_the_vocabulary(backend, device):
+    logits, ids = torch.randn(2, 3, 10, device=device), torch.zeros(2, 3, dtype=torch.long, device=device)
+    ids[1, 2] = 10
+    with pytest.raises(ValueError, match=r"ids\[1, 2\] is 10, outside the vocabulary \[0, 10\)"):
+        rk.token_logprobs(logits, ids, validate=True, backend=backend)
+    ids[0, 1] = -1
+    logits.requires_grad_()
+    logprobs, entropy = rk.token_logprobs(logits, ids, with_entropy=True, validate=False, backend=backend)
+    broken = torch.tensor([[False, True, False], [False, False, True]], device=device)
+    assert torch.equal(torch.isnan(logprobs), broken)
+    assert torch.equal(torch.isnan(entropy), broken)
+    logprobs.sum().backward()
+    assert torch.equal(torch.isnan(logits.grad).all(-1), broken)
+    assert torch.isfinite(logits.grad[~broken]).all()
+
+
+def test_a_row_does_not_depend_on_the_others(backend, device):
+    logits, ids = torch.randn(9, 33000, device=device), torch.randint(33000, (9,), device=device)
+    together = rk.token_logprobs(logits, ids, with_entropy=True, backend=backend)
+    for rows in ([0], [8], [3, 8], [1, 2, 3, 4, 5]):
+        alone = rk.token_logprobs(logits[rows], ids[rows], with_entropy=True, backend=backend)
+        assert torch.equal(alone[0], together[0][rows])
+        assert torch.equal(alone[1], together[1][rows])
+    mask = torch.arange(9, device=device) == 4
+    assert torch.equal(rk.token_logprobs(logits, ids, mask=mask, backend=backend)[4], together[0][4])
+
+
+def test_slices_are_read_in_place(backend, device, monkeypatch):
+    whole = torch.randn(3, 6, 40, device=device)
+    slices = {
+        "shifted": whole[:, :-1],
+        "strided": whole[:, ::2],
+        "padded vocabulary": whole[..., :33],
+        "transposed batch": whole.transpose(0, 1),
+        "column": whole[:, 2],
+    }
+    for name, logits in slices.items():
+        assert ops.as_rows(logits).data_ptr() == logits.data_ptr(), name
+        ids = torch.randint(33, logits.shape[:-1], device=device)
+        logits = logits.detach().requires_grad_()
+        exact = reference.token_logprobs(logits, ids)
+        mine = rk.token_logprobs(logits, ids, backend=backend)
+        assert_accurate(mine, exact, eps=1e-6)
+        (g,) = torch.autograd.grad(exact.square().sum(), logits)
+        assert_accurate(torch.autograd.grad(mine.square().sum(), logits)[0], g, eps=1e-5)
+    columns = whole.transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride: copied, and still right
+    ids = torch.randint(40, (3, 6), device=device)
+    assert_accurate(rk.token_logprobs(columns, ids, backend=backend), reference.token_logprobs(whole, ids), eps=1e-6)
+    deep = torch.randn(2, 3, 2, 8, device=device)[:, :2, ::2]
+    ids = torch.randint(8, deep.shape[:-1], device=device)
+    assert_accurate(rk.token_logprobs(deep, ids, backend=backend), reference.token_logprobs(deep, ids), eps=1e-6)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_backward(backend, device, sliced, dtype):
+    data = torch.randn(2, 5, 70, device=device).to(dtype)
+    ids, mask = torch.randint(70, (2, 4), device=device), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]], device=device)
+    results = {}
+    for inplace in (False, True):
+        leaf = data.clone().requires_grad_()
+        logits = leaf * 1.0
+        rows = logits[:, :-1] if sliced else logits[:, 1:].contiguous()
+        address = rows.data_ptr()
+        rk.token_logprobs(rows, ids, mask=mask, inplace_backward=inplace, softcap=5.0, backend=backend).square().sum().backward()
+        results[inplace] = leaf.grad
+        assert torch.equal(rows.detach(), (data[:, :-1] if sliced else data[:, 1:])) != inplace
+        assert rows.data_ptr() == address
+    assert torch.equal(results[False], results[True])
+
+
+def test_inplace_backward_is_noticed_by_other_users(backend, device):
+    logits = torch.randn(2, 30, device=device, requires_grad=True) * 1.0
+    other = logits.exp()
+    shared = (logits * logits).sum()
+    loss = rk.token_logprobs(logits, torch.tensor([1, 2], device=device), inplace_backward=True, backend=backend).sum()
+    loss.backward(retain_graph=True)
+    assert torch.isfinite(other).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        shared.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ValueError, match="share memory"):
+        rk.token_logprobs(torch.randn(1, 30).expand(2, 30), torch.tensor([1, 2]), inplace_backward=True, backend=backend)
+
+
+def test_gradcheck():
+    logits = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(11, (2, 3))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    temperature = torch.rand(2, 3, dtype=torch.float64) + 0.5
+    for options in ({}, {"temperature": temperature, "softcap": 2.0, "logit_scale": 0.5, "mask": mask}):
+        assert torch.autograd.gradcheck(lambda x, o=options: rk.token_logprobs(x, ids, with_entropy=True, **o), (logits,))
+        assert torch.autograd.gradcheck(lambda x, o=options: rk.token_logprobs(x, ids, **o), (logits,))
+
+
+def test_float64_stays_float64():
+    logits, ids = torch.randn(4, 100, dtype=torch.float64), torch.randint(100, (4,))
+    mine = rk.token_logprobs(logits, ids, with_entropy=True)
+    exact = reference.token_logprobs(logits, ids, with_entropy=True)
+    assert mine[0].dtype == torch.float64
+    assert_accurate(mine[0], exact[0], eps=1e-13)
+    assert_accurate(mine[1], exact[1], eps=1e-13)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: its kernel takes .* not torch.float64"):
+        rk.token_logprobs(logits, ids, backend="triton")
+
+
+def test_gradient_through_one_result_only(backend, device):
+    logits = torch.randn(3, 64, device=device, requires_grad=True)
+    ids = torch.randint(64, (3,), device=device)
+    for which in (0, 1):
+        mine = rk.token_logprobs(logits, ids, with_entropy=True, backend=backend)[which]
+        exact = reference.token_logprobs(logits, ids, with_entropy=True)[which]
+        assert_accurate(torch.autograd.grad(mine.sum(), logits)[0], torch.autograd.grad(exact.sum(), logits)[0], eps=1e-6)
+
+
+def test_double_backward_is_an_error(backend, device):
+    logits = torch.randn(2, 30, device=device, requires_grad=True)
+    logprobs = rk.token_logprobs(logits, torch.tensor([1, 2], device=device), backend=backend)
+    (g,) = torch.autograd.grad(logprobs.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.sum().backward()
+
+
+def test_compile(backend, device):
+    ids = torch.randint(50, (3, 4), device=device)
+
+    def loss(x):
+        logprobs, entropy = rk.token_logprobs(x, ids, with_entropy=True, temperature=0.8, backend=backend)
+        return (logprobs * 2 + entropy).sum()
+
+    data = torch.randn(3, 4, 50, device=device)
+    grads = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        logits = data.clone().requires_grad_()
+        f(logits).backward()
+        grads.append(logits.grad)
+    assert torch.equal(*grads)
+
+
+def test_compile_inplace_backward(backend, device):
+    ids = torch.randint(50, (3,), device=device)
+
+    def loss(leaf):
+        return rk.token_logprobs(leaf * 2.0, ids, inplace_backward=True, backend=backend).sum()
+
+    data = torch.randn(3, 50, device=device)
+    grads = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = data.clone().requires_grad_()
+        f(leaf).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_opcheck(backend, device):
+    logits, ids = torch.randn(3, 4, 50, device=device), torch.randint(50, (3, 4), device=device)
+    mask, temperature = torch.ones(3, 4, device=device), torch.full((3, 4), 0.7, device=device)
+    forward = (logits, ids, mask, temperature, 1.0, 30.0, True, True, backend)
+    torch.library.opcheck(ops.token_logprobs_op, forward)
+    _, entropy, row_max, log2_sum = ops.token_logprobs_op(*forward)
+    backward = (torch.randn(3, 4, device=device), None, logits, ids, mask, temperature, 1.0, 30.0, entropy, row_max, log2_sum, backend)
+    torch.library.opcheck(ops.token_logprobs_backward_op, backward)
+    torch.library.opcheck(ops.token_logprobs_backward_inplace_op, backward)
+
+
+def test_autocast_does_not_lower_the_precision(backend, device):
+    logits, ids = torch.randn(3, 500, device=device) * 5, torch.randint(500, (3,), device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        mine = rk.token_logprobs(logits, ids, backend=backend)
+    assert torch.equal(mine, rk.token_logprobs(logits, ids, backend=backend))
+
+
+def test_uniform_distribution(backend, device):
+    logprobs, entropy = rk.token_logprobs(
+        torch.full((2, 64), 3.0, device=device), torch.tensor([0, 63], device=device), with_entropy=True, backend=backend
+    )
+    assert_accurate(logprobs, torch.full((2,), -math.log(64)), eps=1e-6)
+    assert_accurate(entropy, torch.full((2,), math.log(64)), eps=1e-6)
+
+
+def test_logits_are_not_modified(backend, device):
+    logits = torch.randn(3, 4, 77, device=device, requires_grad=True)
+    before = logits.detach().clone()
+    rk.token_logprobs(logits, torch.zeros(3, 4, dtype=torch.int32, device=device), softcap=3.0, backend=backend).sum().backward()
+    assert torch.equal(logits.detach(), before)
+
+
+LOGITS, IDS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], IDS), {}, TypeError, "logits must be a torch.Tensor, got list"),
+        ((torch.zeros(5), IDS), {}, ValueError, "at least 2 dimensions"),
+        ((LOGITS.int(), IDS), {}, TypeError, "got torch.int32"),
+        ((torch.zeros(2, 3, 0), IDS), {}, ValueError, "vocabulary of at least 1"),
+        ((LOGITS, IDS[:, :2]), {}, ValueError, r"ids must have shape \(2, 3\), got \(2, 2\)"),
+        ((LOGITS, IDS.float()), {}, TypeError, "ids must have a dtype of torch.int32, torch.int64; got torch.float32"),
+        ((LOGITS, IDS.to("meta")), {}, ValueError, "ids must be on cpu"),
+        ((LOGITS, IDS), {"mask": torch.ones(2)}, ValueError, "mask must have shape"),
+        ((LOGITS, IDS), {"temperature": 0.0}, ValueError, "temperature must be a number > 0"),
+        ((LOGITS, IDS), {"temperature": torch.ones(3)}, ValueError, "temperature must have shape"),
+        ((LOGITS, IDS), {"softcap": -1.0}, ValueError, "softcap must be a number > 0"),
+        ((LOGITS, IDS), {"logit_scale": math.nan}, ValueError, "logit_scale"),
+        ((LOGITS, IDS), {"backend": "cuda"}, ValueError, "expected one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        rk.token_logprobs(*arguments, **options)
+
+
+@pytest.mark.gpu
+def test_more_logits_than_an_int32_can_count():
+    rows, vocabulary = 70_000, 32_000
+    logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    logits[-1, 5] = 4.0
+    logits.requires_grad_()
+    ids = torch.full((rows,), 5, device="cuda")
+    logprobs = rk.token_logprobs(logits, ids, inplace_backward=True)
+    exact = torch.log_softmax(logits.detach()[-1].double(), -1)[5]
+    assert abs(float(logprobs[-1]) - float(exact)) < 1e-5
+    logprobs.sum().backward()
+    assert abs(float(logits.grad[-1, 5]) - (1 - math.exp(float(exact)))) < 1e-2
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    logits, ids = torch.randn(8, 40_000, device="cuda", requires_grad=True), torch.randint(40_000, (8,), device="cuda")
+
+    def step():
+        (g,) = torch.autograd.grad(rk.token_logprobs(logits, ids).sum(), logits)
+        return g
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        g = step()
+    graph.replay()
+    assert torch.equal(g, expected)
