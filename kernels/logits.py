@@ -31,10 +31,10 @@ def is_live(row, ids_ptr, mask_ptr, in_range):
 @triton.jit
 def row_scale(row, scale, temperature_ptr, live):
     """logit_scale / T of a row: ``scale`` holds all of it, or only the logit scale where there is a temperature for each token."""
-    c = tl.cast(scale, tl.float32)
+    scale = tl.cast(scale, tl.float32)
     if temperature_ptr is not None:
-        c = c / tl.load(temperature_ptr + row, mask=live, other=1.0).to(tl.float32)
-    return c
+        scale = scale / tl.load(temperature_ptr + row, mask=live, other=1.0).to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLO
 
 
 @triton.jit
-def store_statistics(row, keep, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token):
+def store_statistics(row, keep, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token):
     """Finish a state and store what the caller wants and the backward needs; zeros for a dead row."""
-    logprob, entropy, log2_s = softmax.statistics(m, s, t, x_target, c)
+    logprob, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
     tl.store(logprob_ptr + row, tl.where(live, logprob, 0.0), mask=keep)
     tl.store(max_ptr + row, tl.where(live, m, 0.0), mask=keep)
     tl.store(log2_sum_ptr + row, tl.where(live, log2_s, 0.0), mask=keep)
@@ -111,15 +111,15 @@ def statistics_kernel(
     row = (program // segments).to(tl.int64)
     part = program % segments
     token, live = is_live(row, ids_ptr, mask_ptr, True)
-    c = row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
+    scale = row_scale(row, scale, temperature_ptr, live)
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     start = part * SEGMENT
     # A dead row has no columns.
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
-    m, s, t = segment_statistics(x_row, start, stop, V, c, cap, ENTROPY, BLOCK, STAGES)
+    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, ENTROPY, BLOCK, STAGES)
     if partial_ptr is None:
         x_target = load_target(x_row, token, V, cap, live)
-        store_statistics(row, True, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+        store_statistics(row, True, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
     else:
         partial = partial_ptr + (row * segments + part) * 3
         tl.store(partial, m, mask=live)
@@ -153,16 +153,16 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < N
     token, live = is_live(row, ids_ptr, mask_ptr, keep)
-    c = row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
+    scale = row_scale(row, scale, temperature_ptr, live) + tl.zeros([ROWS], tl.float32)
     part = tl.arange(0, SEGMENTS)
     partial = partial_ptr + (row[:, None] * segments + part[None, :]) * 3
     there = live[:, None] & (part < segments)[None, :]
     m = tl.load(partial, mask=there, other=softmax.NEG_INF)
     s = tl.load(partial + 1, mask=there, other=0.0)
     t = tl.load(partial + 2, mask=there, other=0.0)
-    m, s, t = softmax.merge(m, s, t, c, 1)
+    m, s, t = softmax.merge(m, s, t, scale * softmax.LOG2E, 1)
     x_target = load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, cap, live)
-    store_statistics(row, keep, live, m, s, t, x_target, c, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+    store_statistics(row, keep, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def backward_kernel(
     a = tl.where((token >= 0) & (token < V), a, float("nan"))
     m = tl.load(max_ptr + row, mask=live, other=0.0)
     log2_s = tl.load(log2_sum_ptr + row, mask=live, other=0.0)
-    c = row_scale(row, scale, temperature_ptr, live)
+    scale = row_scale(row, scale, temperature_ptr, live)
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
-    store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, c, cap, live, grad_entropy_ptr is not None)
+    store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, grad_entropy_ptr is not None)

@@ -45,10 +45,13 @@ def merge(m, s, t, c, AXIS: tl.constexpr):
 
 
 @triton.jit
-def statistics(m, s, t, x_target, c):
-    """(logprob, entropy, log2 s) of a finished state: nats, nats, bits. A row of -inf, or with +inf or NaN, gives NaN."""
+def statistics(m, s, t, x_target, scale):
+    """(logprob, entropy, log2 s) of a finished state: nats, nats, bits. A row of -inf, or with +inf or NaN, gives NaN.
+
+    ``scale`` is logit_scale / T: the target's distance from the maximum stays in nats, so that with scale 1 it is exact.
+    """
     log2_s = tl.log2(s)
-    return ((x_target - m) * c - log2_s) * LN2, (log2_s - t / s) * LN2, log2_s
+    return (x_target - m) * scale - log2_s * LN2, (log2_s - t / s) * LN2, log2_s
 
 
 @triton.jit

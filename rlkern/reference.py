@@ -58,6 +58,7 @@ def token_logprobs(
     z = torch.where(valid.unsqueeze(-1), z, torch.zeros_like(z))  # a masked row is never read
     dead = z == -torch.inf  # probability 0; detached, so that no gradient forms 0 * inf there
     lse = torch.logsumexp(z, dim=-1)
+    lse = torch.where(lse.isfinite(), lse, torch.nan)  # a row of -inf, or with +inf, is no distribution
     logprob = z.gather(-1, torch.where(inside, ids, 0).long().unsqueeze(-1)).squeeze(-1) - lse
     p = torch.where(dead, torch.zeros_like(z), torch.exp(z - lse.unsqueeze(-1)))
     entropy = lse - (p * torch.where(dead, torch.zeros_like(z), z)).sum(-1)
@@ -86,7 +87,7 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum over each sequence: [..., time] -> [...], or [tokens] -> [sequences]."""
     if cu_seqlens is None:
         return x.sum(-1)
-    return x.new_zeros(len(cu_seqlens)).index_add(0, sequence_of_token(len(x), cu_seqlens), x)[:-1]
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), unsafe=True)
 
 
 def to_tokens(y: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -96,16 +97,18 @@ def to_tokens(y: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.cat([y, y.new_zeros(1)])[sequence_of_token(len(like), cu_seqlens)]
 
 
-def per_token(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, bool]:
-    """(x in the shape of ``like``, whether x is one value a sequence). One a sequence: a number, [..., 1], [batch] for [batch, time], [sequences]."""
-    if x.dim() == 0:
-        return x.expand_as(like), True
-    if cu_seqlens is not None:
-        one_a_sequence = x.shape != like.shape
-        return (to_tokens(x, like, cu_seqlens) if x.shape == (len(cu_seqlens) - 1,) and one_a_sequence else x.expand_as(like)), one_a_sequence
-    if x.dim() == like.dim() - 1:
-        return to_tokens(x, like, None), True
-    return x.expand_as(like), x.shape[-1] == 1
+def one_a_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether x has one value for each sequence: a number, [..., 1], [batch] for [batch, time], [sequences] for [tokens]."""
+    if x.dim() == 0 or cu_seqlens is not None:
+        return x.shape != like.shape
+    return x.shape == like.shape[:-1] or x.shape[-1] == 1
+
+
+def per_token(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x in the shape of ``like``. A 1-D x for [batch, time] is one value a sequence; for [tokens], it is where it does not have that shape."""
+    if cu_seqlens is not None and x.shape != like.shape and x.shape == (len(cu_seqlens) - 1,):
+        return to_tokens(x, like, cu_seqlens)
+    return (x.unsqueeze(-1) if x.shape == like.shape[:-1] else x).expand_as(like)
 
 
 def log_ratio(lp: Tensor, old: Tensor, m: Tensor, level: str, limits: Limits = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -314,14 +317,14 @@ def policy_loss(
 
     lp = read(logprobs)
     old = lp.detach() if old_logprobs is None else constant(old_logprobs)
-    A = constant(per_token(advantages, lp, cu_seqlens)[0])
+    A = constant(per_token(advantages, lp, cu_seqlens))
     log_r = log_ratio(lp, old, m, c.ratio_level, c.log_ratio_clamp, cu_seqlens)
     r = log_r.exp()
     kept = m if entropy_mask is None else m & (entropy_mask != 0)
     w, w_by_sequence = None, False
     if importance_weights is not None:
-        w, w_by_sequence = per_token(importance_weights.detach(), lp, cu_seqlens)
-        w = read(w, masked=1.0)
+        w_by_sequence = one_a_sequence(importance_weights, lp, cu_seqlens)
+        w = read(per_token(importance_weights.detach(), lp, cu_seqlens), masked=1.0)
 
     if c.surrogate == "clip":
         loss = clip_surrogate(r, A, c)

@@ -20,3 +20,9 @@ def assert_accurate(x: Tensor, exact: Tensor, peer: Tensor | None = None, *, k: 
     mine = error(x, exact)
     theirs = 0.0 if peer is None else error(peer, exact)
     assert mine <= k * theirs + eps, f"error {mine:.3e}; plain PyTorch's is {theirs:.3e}, allowed {k} x that + {eps:.1e}"
+
+
+def rounding(dtype: torch.dtype, exact: Tensor) -> float:
+    """One unit in the last place of the largest entry: what storing in ``dtype`` may cost (the interpreter truncates where a GPU rounds)."""
+    largest = float(exact.detach().abs().nan_to_num(posinf=0.0, neginf=0.0).max()) if exact.numel() else 0.0
+    return torch.finfo(dtype).eps * largest

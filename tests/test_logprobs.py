@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_accurate
+from judge import assert_accurate, rounding
 
 import rlkern as rk
 from rlkern import reference
@@ -58,9 +58,10 @@ def test_values_and_gradients(backend, device, dtype, options):
     mine = gradients(lambda x: rk.token_logprobs(x, ids, with_entropy=True, backend=backend, **options), logits, a, b)
     assert mine[0].dtype == mine[1].dtype == torch.float32
     assert mine[2].dtype == dtype
-    assert_accurate(mine[0], exact[0], eps=1e-5)  # whatever plain PyTorch's error is
+    # whatever plain PyTorch's error is: 1e-5, and the rounding of log-probs of hundreds
+    assert_accurate(mine[0], exact[0], eps=1e-5 + 1e-7 * float(exact[0].abs().max()))
     assert_accurate(mine[1], exact[1], eps=1e-5)
-    assert_accurate(mine[2], exact[2], peer[2])
+    assert_accurate(mine[2], exact[2], peer[2], eps=1e-6 + rounding(dtype, exact[2]))
 
 
 def test_segments_of_a_long_row_are_merged(backend, device):
@@ -95,10 +96,9 @@ def test_any_shape(rows, vocabulary, dtype, index, spread, offset, seed):
     peer = gradients(lambda x: eager(torch.where(mask[:, None], x, 0.0), ids), logits, a * mask, b * mask)
     for backend in ("torch", "triton"):
         mine = gradients(lambda x, backend=backend: rk.token_logprobs(x, ids, mask=mask, with_entropy=True, backend=backend), logits, a, b)
-        scale = max(1.0, float(exact[0].abs().max())) if rows else 1.0
-        assert_accurate(mine[0], exact[0], eps=1e-5 * max(1.0, scale / 100))
+        assert_accurate(mine[0], exact[0], eps=1e-5 + 1e-7 * float(exact[0].abs().sum()))
         assert_accurate(mine[1], exact[1], eps=1e-5)
-        assert_accurate(mine[2], exact[2], peer[2], eps=2e-5)
+        assert_accurate(mine[2], exact[2], peer[2], eps=2e-5 + rounding(dtype, exact[2]))
 
 
 def test_bf16_is_within_1e_5_of_float64(backend, device):
