@@ -1,0 +1,39 @@
+"""The calls whose kernels ``bench.compile`` compiles: every kernel, in every variant that differs in more than numbers.
+
+Nothing runs: the rows are few, and the vocabulary is a real one, since block sizes follow from it. A call names what it does; add one for each
+new kernel, dtype or option that changes the types of what a launcher passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import rlkern as rk
+
+ROWS = (2, 3)
+VOCABULARY = 128256
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _logits(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(*ROWS, vocabulary, dtype=dtype, requires_grad=True), torch.zeros(ROWS, dtype=torch.int64)
+
+
+def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, ids: torch.dtype = torch.int64, **options: Any) -> None:
+    logits, tokens = _logits(dtype, vocabulary=vocabulary)
+    results = rk.token_logprobs(logits, tokens.to(ids), backend="triton", **options)
+    sum(r.sum() for r in results).backward() if isinstance(results, tuple) else results.sum().backward()
+
+
+LAUNCHES: dict[str, Callable[[], Any]] = {
+    **{f"token_logprobs {name}": lambda dtype=dtype: _token_logprobs(dtype) for name, dtype in DTYPES.items()},
+    **{f"token_logprobs {name}, entropy": lambda dtype=dtype: _token_logprobs(dtype, with_entropy=True) for name, dtype in DTYPES.items()},
+    "token_logprobs mask, temperature a token, soft-cap": lambda: _token_logprobs(
+        mask=torch.ones(ROWS, dtype=torch.bool), temperature=torch.ones(ROWS), softcap=30.0, with_entropy=True
+    ),
+    "token_logprobs small odd vocabulary, int32 ids": lambda: _token_logprobs(vocabulary=1009, ids=torch.int32, with_entropy=True),
+    "token_logprobs in place": lambda: _token_logprobs(inplace_backward=True),
+}
