@@ -40,10 +40,10 @@ def row_scale(row, scale, temperature_ptr, live):
 @triton.jit
 def soft_cap(x, cap):
     """cap * tanh(x / cap), by the exponential since not every target has a tanh; -inf stays -inf."""
-    if cap is None:
-        return x
-    z = cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap))))
-    return tl.where(x == softmax.NEG_INF, softmax.NEG_INF, z)
+    if cap is not None:
+        z = cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap))))
+        x = tl.where(x == softmax.NEG_INF, softmax.NEG_INF, z)
+    return x
 
 
 @triton.jit
