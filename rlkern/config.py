@@ -30,7 +30,8 @@ def bounds(clamp: Clamp) -> tuple[float, float]:
     return -INF if low is None else low, INF if high is None else high
 
 
-def _check_clamp(name: str, clamp: Any) -> Clamp:
+def check_clamp(name: str, clamp: Any) -> Clamp:
+    """Check that ``clamp`` is one; returns it with floats, and None for one that bounds nothing."""
     if clamp is None:
         return None
     if isinstance(clamp, (tuple, list)):
@@ -39,7 +40,7 @@ def _check_clamp(name: str, clamp: Any) -> Clamp:
         low, high = (None if x is None else check_number(f"{name}[{i}]", x) for i, x in enumerate(clamp))
         if low is not None and high is not None and low > high:
             raise ValueError(f"{name} must be a pair (low, high) with low <= high, got {clamp!r}")
-        return low, high
+        return None if low is None and high is None else (low, high)
     return check_number(name, clamp, at_least=0)
 
 
@@ -122,19 +123,33 @@ class PolicyLossConfig:
             if value is not None or name not in _OPTIONAL:
                 check_number(name, value, **limits)
         for name in ("log_ratio_clamp", "kl_input_clamp", "kl_output_clamp"):
-            object.__setattr__(self, name, _check_clamp(name, getattr(self, name)))
+            object.__setattr__(self, name, check_clamp(name, getattr(self, name)))
         object.__setattr__(self, "json", json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.init}))
+
+    @property
+    def sequence_option(self) -> str | None:
+        """The first option that speaks of sequences, None if there is none."""
+        if self.surrogate in ("gmpo", "vespo"):
+            return f"surrogate={self.surrogate!r}"
+        if self.ratio_level != "token":
+            return f"ratio_level={self.ratio_level!r}"
+        if self.off_policy_threshold is not None:
+            return "off_policy_threshold"
+        if self.aggregation in SEQUENCE_AGGREGATIONS:
+            return f"aggregation={self.aggregation!r}"
+        if self.own_entropy_aggregation in SEQUENCE_AGGREGATIONS:
+            return f"entropy_aggregation={self.entropy_aggregation!r}"
+        return None
 
     @property
     def needs_sequences(self) -> bool:
         """Whether the objective speaks of sequences, so that packed inputs need ``cu_seqlens``."""
-        return (
-            self.surrogate in ("gmpo", "vespo")
-            or self.ratio_level != "token"
-            or self.off_policy_threshold is not None
-            or self.aggregation in SEQUENCE_AGGREGATIONS
-            or (self.entropy_coef != 0 and self.entropy_aggregation in SEQUENCE_AGGREGATIONS)
-        )
+        return self.sequence_option is not None
+
+    @property
+    def own_entropy_aggregation(self) -> str | None:
+        """The entropy bonus's own aggregation; None where it is the policy's, or there is no bonus."""
+        return self.entropy_aggregation if self.entropy_coef != 0 else None
 
     @property
     def needs_sampling_logprobs(self) -> bool:

@@ -388,3 +388,25 @@ def policy_loss(
 
 
 # ---- 6. Advantages --------------------------------------------------------------------------------------------------------------------------
+
+
+def importance_weights(
+    old_logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    level: str = "token",
+    low: float | None = None,
+    high: float | None = None,
+    outside: str = "clamp",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """w = exp(d), d = old - sampling, or exp of its sum over the sequence;  outside [low, high] clamped, or zero.  0 at masked positions."""
+    dtype = compute_dtype(old_logprobs)
+    m = torch.ones_like(old_logprobs, dtype=torch.bool) if mask is None else mask != 0
+    d = torch.where(m, (old_logprobs.to(dtype) - sampling_logprobs.to(dtype)).detach(), 0.0)
+    if level == "sequence":
+        d = to_tokens(sequence_sum(d, cu_seqlens), d, cu_seqlens)
+    w = d.exp()
+    limited = clamp(w, (low, high))
+    return torch.where(m, limited if outside == "clamp" else torch.where(limited == w, w, 0.0), 0.0)

@@ -1,0 +1,208 @@
+"""The policy objective of one token: surrogates with their derivatives, and their sum with the KL term. Shared by every kernel that has log-probs.
+
+A surrogate is a term
+
+    term(lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r)
+
+of log-prob, behaviour log-prob, log-ratio at the configured level, advantage and options: elementwise, float32 or float64 as its inputs are. The two
+derivatives are apart because log_r may be one number for a whole sequence. ``o`` is a named tuple of floats; an option that is absent has a
+neutral value there (an infinite bound). Ties and points exactly on an edge have the gradient of PyTorch's minimum and clamp.
+
+Beside it stands what counts as clipped, edges(lp, old, log_r, A, o) -> (below with A < 0, above with A > 0, by the dual clip), and for
+surrogates that reduce over the sequence by themselves the summand(log_r, A, o) -> (value, derivative), whose mean or sum is their log_r.
+"""
+
+import triton
+import triton.language as tl
+
+from .kl import clamp, expm1_minus, outside, penalty
+
+
+@triton.jit
+def nowhere(A):
+    return A < A
+
+
+@triton.jit
+def clipped_branch(r, A, o):
+    """(-min(min(r, cap) A, clamp(r) A), its derivative in r)."""
+    free, clipped = clamp(r, float("-inf"), o.ratio_cap) * A, clamp(r, o.low, o.high) * A
+    free_slope = tl.where(r > o.ratio_cap, 0.0, A)
+    clipped_slope = tl.where(outside(r, o.low, o.high), 0.0, A)
+    slope = tl.where(free < clipped, free_slope, tl.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
+    return -tl.where(free < clipped, free, clipped), -slope
+
+
+@triton.jit
+def clip(lp, old, log_r, A, o):
+    """-min(min(r, ratio_cap) A, clamp(r, low, high) A);  where A < 0, at most -dual_clip A."""
+    r = tl.exp(log_r)
+    loss, slope = clipped_branch(r, A, o)
+    most = -o.dual_clip * A
+    negative = A < 0.0
+    slope = tl.where(negative & (loss > most), 0.0, tl.where(negative & (loss == most), 0.5 * slope, slope))
+    return tl.where(negative & (loss > most), most, loss), tl.zeros_like(lp), slope * r
+
+
+@triton.jit
+def clip_edges(lp, old, log_r, A, o):
+    r = tl.exp(log_r)
+    loss, _ = clipped_branch(r, A, o)
+    return (A < 0.0) & (r < o.low), (A > 0.0) & (r > o.high), (A < 0.0) & (loss > -o.dual_clip * A)
+
+
+@triton.jit
+def cispo(lp, old, log_r, A, o):
+    """-sg(clamp(r, low, high)) A lp."""
+    slope = -clamp(tl.exp(log_r), o.low, o.high) * A
+    return slope * lp, slope, tl.zeros_like(lp)
+
+
+@triton.jit
+def ratio_edges(lp, old, log_r, A, o):
+    r = tl.exp(log_r)
+    return (A < 0.0) & (r < o.low), (A > 0.0) & (r > o.high), nowhere(A)
+
+
+@triton.jit
+def sapo(lp, old, log_r, A, o):
+    """-sigmoid(tau (r - 1)) 4 / tau A."""
+    r = tl.exp(log_r)
+    tau = tl.where(A > 0.0, o.tau_pos, o.tau_neg)
+    gate = tl.sigmoid(tau * (r - 1.0))
+    return -gate * 4.0 / tau * A, tl.zeros_like(lp), -4.0 * A * gate * (1.0 - gate) * r
+
+
+@triton.jit
+def gmpo(lp, old, log_r, A, o):
+    """-A e^q, q the sequence's mean of gmpo_summand."""
+    loss = -A * tl.exp(log_r)
+    return loss, tl.zeros_like(lp), loss
+
+
+@triton.jit
+def gmpo_summand(log_r, A, o):
+    """log r clamped to [low, high] on the side that the sign of A makes pessimistic."""
+    high = tl.where(A > 0.0, o.high, float("inf"))
+    low = tl.where(A > 0.0, float("-inf"), o.low)
+    return clamp(log_r, low, high), tl.where(outside(log_r, low, high), 0.0, 1.0)
+
+
+@triton.jit
+def log_ratio_edges(lp, old, log_r, A, o):
+    return (A < 0.0) & (log_r < o.low), (A > 0.0) & (log_r > o.high), nowhere(A)
+
+
+@triton.jit
+def vespo(lp, old, log_r, A, o):
+    """-sg(phi) A lp,  phi = exp(lambda + k s - lambda e^s),  s the clamped sum of vespo_summand and of log w over the sequence."""
+    s = clamp(log_r, -18.420680743952367, 20.0)  # log 1e-8
+    k = tl.where(A >= 0.0, o.vespo_k_pos, o.vespo_k_neg)
+    scale = tl.maximum(tl.where(A >= 0.0, o.vespo_lambda_pos, o.vespo_lambda_neg), 1e-4)
+    phi = tl.exp(scale + k * s - scale * tl.exp(s))
+    slope = -tl.where(phi < float("inf"), phi, 0.0) * A  # NaN too becomes 0
+    return slope * lp, slope, tl.zeros_like(lp)
+
+
+@triton.jit
+def vespo_summand(log_r, A, o):
+    return clamp(log_r, -20.0, 20.0), tl.zeros_like(log_r)
+
+
+@triton.jit
+def log_weight(w):
+    """VESPO's log of an importance weight; of 0 it is the lower bound."""
+    return clamp(tl.log(w), -18.420680743952367, 20.0)
+
+
+@triton.jit
+def dppo_tv_edges(lp, old, log_r, A, o):
+    """p - p_old beyond [low, high] in the direction in which A pushes."""
+    moved = tl.exp(lp) - tl.exp(old)
+    return (A <= 0.0) & (moved < o.low), (A > 0.0) & (moved > o.high), nowhere(A)
+
+
+@triton.jit
+def dppo_kl_edges(lp, old, log_r, A, o):
+    """The binary KL of p_old and p beyond -low or high in the direction in which A pushes."""
+    p, p_old = tl.exp(lp), tl.exp(old)
+    other, other_old = -(expm1_minus(lp) + lp), -(expm1_minus(old) + old)  # 1 - p
+    distance = tl.where(p_old > 0.0, p_old * (old - lp), 0.0)
+    distance += tl.where(other_old > 0.0, other_old * (tl.log(other_old) - tl.log(other)), 0.0)
+    return (A <= 0.0) & (distance > -o.low) & (p < p_old), (A > 0.0) & (distance > o.high) & (p > p_old), nowhere(A)
+
+
+@triton.jit
+def dppo_ratio(lp, old, log_r, A, o, EDGES: tl.constexpr):
+    """-r A inside the trust region."""
+    low, high, _ = EDGES(lp, old, log_r, A, o)
+    loss = tl.where(low | high, 0.0, -tl.exp(log_r) * A)
+    return loss, tl.zeros_like(lp), loss
+
+
+@triton.jit
+def dppo_score(lp, old, log_r, A, o, EDGES: tl.constexpr):
+    """-sg(min(r, ratio_cap)) A lp inside the trust region."""
+    low, high, _ = EDGES(lp, old, log_r, A, o)
+    slope = tl.where(low | high, 0.0, -clamp(tl.exp(log_r), float("-inf"), o.ratio_cap) * A)
+    return tl.where(low | high, 0.0, slope * lp), slope, tl.zeros_like(lp)
+
+
+@triton.jit
+def dppo_tv_ratio(lp, old, log_r, A, o):
+    return dppo_ratio(lp, old, log_r, A, o, dppo_tv_edges)
+
+
+@triton.jit
+def dppo_tv_score(lp, old, log_r, A, o):
+    return dppo_score(lp, old, log_r, A, o, dppo_tv_edges)
+
+
+@triton.jit
+def dppo_kl_ratio(lp, old, log_r, A, o):
+    return dppo_ratio(lp, old, log_r, A, o, dppo_kl_edges)
+
+
+@triton.jit
+def dppo_kl_score(lp, old, log_r, A, o):
+    return dppo_score(lp, old, log_r, A, o, dppo_kl_edges)
+
+
+@triton.jit
+def reinforce(lp, old, log_r, A, o):
+    """-A lp."""
+    return -A * lp, -A, tl.zeros_like(lp)
+
+
+@triton.jit
+def no_edges(lp, old, log_r, A, o):
+    return A != A, A != A, nowhere(A)
+
+
+@triton.jit
+def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr):
+    """One token's loss:  keep w surrogate + kl_coef KL.  ``ref`` None: no KL.
+
+    log_r is the ratio's logarithm at the configured level; the surrogate reads its own, which is another where it reduces over the sequence itself.
+    Gives (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL).
+    """
+    loss, d_lp, d_surrogate = TERM(lp, old, surrogate_log_r, A, o)
+    loss = tl.where(keep, loss * w, 0.0)
+    d_lp = tl.where(keep, d_lp * w, 0.0)
+    d_surrogate = tl.where(keep, d_surrogate * w, 0.0)
+    d_log_r = tl.zeros_like(lp)
+    kl = tl.zeros_like(lp)
+    if ref is not None:
+        weight = tl.zeros_like(lp) + 1.0
+        if KL_WEIGHT == "ratio":
+            weight = tl.exp(log_r) + tl.zeros_like(lp)
+        elif KL_WEIGHT == "sampling":
+            weight = tl.exp(lp - sampling)
+        kl, d_kl, d_weight = penalty(lp, ref, weight, o, ESTIMATOR)
+        loss += o.kl_coef * kl
+        d_lp += o.kl_coef * d_kl
+        if KL_WEIGHT == "ratio":
+            d_log_r += o.kl_coef * d_weight * weight
+        elif KL_WEIGHT != "none":
+            d_lp += o.kl_coef * d_weight * weight
+    return loss, d_lp, d_log_r, d_surrogate, kl

@@ -1,0 +1,247 @@
+"""The policy loss on per-token log-probs, and its parts: importance ratio, importance weights, KL penalty."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import choose_backend, choose_validate
+from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number, check_tensor, state_dtype
+from .config import KL_ESTIMATORS, RATIO_LEVELS, Clamp, PolicyLossConfig, check_clamp
+from .ops.policy import Tokens
+from .ops.policy import policy_loss as policy_loss_on_tokens
+
+
+class LossOutput(NamedTuple):
+    """What a fused loss gives: ``loss`` (0-dim, differentiable), ``metrics`` (detached 0-dim tensors), ``logprobs`` and ``entropy`` (detached)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logprobs: Tensor | None
+    entropy: Tensor | None
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008  (frozen)
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """The policy objective that ``config`` names, on tokens: loss, gradients and metrics in one launch.
+
+        loss = sum_i a_i (off_policy_i entropy_mask_i w_i surrogate_i + kl_coef KL_i) - entropy_coef sum_i a'_i entropy_i
+
+    with the aggregation as a weight vector a. Gradients flow to ``logprobs`` and ``entropy`` only; a second derivative is an error.
+
+    Args:
+        logprobs: log-probs of the policy (nats), shape S: ``[batch, time]`` (any leading dimensions; the last is time), or ``[tokens]``.
+        old_logprobs: those of the behaviour policy, shape S. None: on-policy, the ratio is 1 and has a gradient.
+        advantages: shape S; or one a sequence: ``[batch]`` for ``[batch, time]`` (a 1-D tensor always is), ``[sequences]`` with ``cu_seqlens``
+            (where there are as many tokens as sequences, it is one a token).
+        mask: shape S, any dtype; non-zero counts. Masked positions are never read, in any input.
+        ref_logprobs: log-probs of the reference policy, shape S; needed where ``config.kl_coef`` is not 0.
+        entropy: entropies of the policy (nats), shape S; needed where ``config.entropy_coef`` is not 0.
+        importance_weights: w, not differentiated: shape S, or one a sequence, or what broadcasts to S.
+        sampling_logprobs: log-probs under the sampler (inference engine), shape S; for the off-policy mask and ``kl_ratio_weighted="sampling"``.
+        entropy_mask: shape S; where it is 0 the surrogate is dropped, never the KL.
+        normalizer: number or 0-dim tensor: the global count of tokens or sequences to divide by (see ``aggregation``), instead of the local one.
+            With it the losses of micro-batches or ranks add up to exactly the loss of the whole.
+        cu_seqlens: ``[sequences + 1]``, int32 or int64: the packed sequences of ``[tokens]``; empty ones are allowed.
+        config: see :class:`PolicyLossConfig`.
+        validate: also check the values of ``cu_seqlens`` (synchronises a GPU); by default on the CPU.
+        backend: "triton" or "torch"; by default the former on a GPU.
+
+    Returns:
+        LossOutput. The loss is float32 (float64 for float64 log-probs), 0 for an empty batch. Metrics are means over the mask: clip_fraction (of it
+        clip_fraction_low: A < 0 below the bound, clip_fraction_high: A > 0 above), dual_clip_fraction, approx_kl (old - lp), kl (as it enters the
+        loss, before its coefficient; 0 without ``ref_logprobs``), entropy (0 where not given), ratio_mean, and ratio_max. The ratio is that of
+        ``config.ratio_level``.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, device or option, or an input that the configuration needs.
+    """
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
+    shape, device = logprobs.shape, logprobs.device
+    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("sampling_logprobs", sampling_logprobs)):
+        if x is not None:
+            check_tensor(name, x, shape=shape, dtypes=FLOATS, device=device)
+    for name, x in (("mask", mask), ("entropy_mask", entropy_mask)):
+        if x is not None:
+            check_tensor(name, x, shape=shape, device=device)
+    _check_sequences(logprobs, cu_seqlens, validate)
+    _check_per_token("advantages", advantages, logprobs, cu_seqlens)
+    if importance_weights is not None:
+        _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)
+    if config.needs_sequences and cu_seqlens is None and logprobs.dim() == 1:
+        raise ValueError(
+            f"a loss over sequences ({config.sequence_option}) needs logprobs of [batch, time], or cu_seqlens with [tokens]; "
+            f"got shape {tuple(shape)} without cu_seqlens"
+        )
+    if config.aggregation == "seq-mean-token-sum-norm" and config.max_length is None and cu_seqlens is not None:
+        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length in the config")
+    for needed, name, x in (
+        (config.kl_coef != 0, "ref_logprobs", ref_logprobs),
+        (config.entropy_coef != 0, "entropy", entropy),
+        (config.needs_sampling_logprobs, "sampling_logprobs", sampling_logprobs),
+    ):
+        if needed and x is None:
+            raise ValueError(f"{name} is needed by this config, got None: {config}")
+    tokens = Tokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        importance_weights=importance_weights,
+        sampling_logprobs=sampling_logprobs,
+        entropy_mask=entropy_mask,
+        normalizer=_as_normalizer(normalizer, logprobs),
+        cu_seqlens=cu_seqlens,
+    )
+    loss, metrics = policy_loss_on_tokens(tokens, config, choose_backend(backend, logprobs))
+    return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
+
+
+def importance_ratio(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    level: str = "token",
+    log_ratio_clamp: Clamp = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The importance ratio r = exp(log r), of shape S, float32 (float64 for float64 log-probs); 0 at masked positions.
+
+    token: log r = lp - old. sequence: its mean over the valid tokens of the sequence (GSPO). sequence_token: that value, with the gradient of
+    the token. sequence_sum: its sum (RLOO). ``old_logprobs`` None: the policy's own, r = 1 with a gradient. ``log_ratio_clamp``: a number x for
+    [-x, x], or a pair (low, high) with None for no bound. Differentiable in ``logprobs``. Shapes as in :func:`policy_loss`.
+    """
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
+    if old_logprobs is not None:
+        check_tensor("old_logprobs", old_logprobs, shape=logprobs.shape, dtypes=FLOATS, device=logprobs.device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=logprobs.shape, device=logprobs.device)
+    check_choice("level", level, RATIO_LEVELS)
+    _check_sequences(logprobs, cu_seqlens, None, level)
+    limits = check_clamp("log_ratio_clamp", log_ratio_clamp)
+    return reference.importance_ratio(logprobs, old_logprobs, mask=mask, level=level, log_ratio_clamp=limits, cu_seqlens=cu_seqlens)
+
+
+def importance_weights(
+    old_logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    level: str = "token",
+    low: float | None = None,
+    high: float | None = None,
+    outside: str = "clamp",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Weights w = exp(d), d = old - sampling, that correct for a sampler which is not the trained model: shape S, not differentiable, 0 where masked.
+
+    level "token": each token's own; "sequence": exp of the sum of d over the sequence, given to each of its tokens. Outside [low, high]:
+    "clamp" (truncated importance sampling), or "zero" (masked importance sampling). float32 (float64 for float64).
+    """
+    check_tensor("old_logprobs", old_logprobs, dtypes=FLOATS, min_dim=1)
+    check_tensor("sampling_logprobs", sampling_logprobs, shape=old_logprobs.shape, dtypes=FLOATS, device=old_logprobs.device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=old_logprobs.shape, device=old_logprobs.device)
+    check_choice("level", level, ("token", "sequence"))
+    check_choice("outside", outside, ("clamp", "zero"))
+    for name, x in (("low", low), ("high", high)):
+        if x is not None:
+            check_number(name, x, at_least=0)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    _check_sequences(old_logprobs, cu_seqlens, None, level)
+    return reference.importance_weights(
+        old_logprobs, sampling_logprobs, mask=mask, level=level, low=low, high=high, outside=outside, cu_seqlens=cu_seqlens
+    )
+
+
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: str = "k3",
+    *,
+    mask: Tensor | None = None,
+    input_clamp: Clamp = None,
+    output_clamp: Clamp = None,
+) -> Tensor:
+    """Per-token estimate of D(policy || reference) in nats from the log-probs of the sampled tokens: shape S, float32 (float64 for float64).
+
+    With d = ref - lp: "k1" -d, "abs" |d|, "k2" d^2 / 2, "k3" expm1(d) - d (http://joschu.net/blog/kl-approx.html); "k1+" and "k3+" have that value
+    and the gradient of k2. ``input_clamp`` acts on d, ``output_clamp`` on the estimate (a number x for [-x, x], or a pair with None for no
+    bound); there the gradient is 0. 0 at masked positions, which are not read. Differentiable in ``logprobs``.
+    """
+    check_tensor("logprobs", logprobs, dtypes=FLOATS)
+    check_tensor("ref_logprobs", ref_logprobs, shape=logprobs.shape, dtypes=FLOATS, device=logprobs.device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=logprobs.shape, device=logprobs.device)
+    check_choice("estimator", estimator, KL_ESTIMATORS)
+    return reference.kl_penalty(
+        logprobs,
+        ref_logprobs,
+        estimator,
+        mask=mask,
+        input_clamp=check_clamp("input_clamp", input_clamp),
+        output_clamp=check_clamp("output_clamp", output_clamp),
+    )
+
+
+def _check_sequences(logprobs: Tensor, cu_seqlens: Tensor | None, validate: bool | None, level: str = "token") -> None:
+    if cu_seqlens is not None:
+        if logprobs.dim() != 1:
+            raise ValueError(f"cu_seqlens goes with packed tensors of shape [tokens], got {tuple(logprobs.shape)}")
+        check_cu_seqlens(cu_seqlens, logprobs.shape[0], like=logprobs, validate=choose_validate(validate, logprobs))
+    elif level != "token" and logprobs.dim() == 1:
+        raise ValueError(f"level {level!r} needs sequences: pass [batch, time], or cu_seqlens with [tokens]; got shape {tuple(logprobs.shape)}")
+
+
+def _check_per_token(name: str, x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None, broadcast: bool = False) -> None:
+    """``x`` has shape S or one value a sequence; with ``broadcast``, anything that broadcasts to S will do as well."""
+    check_tensor(name, x, dtypes=FLOATS, device=logprobs.device)
+    shape = logprobs.shape
+    expected = [tuple(shape)]
+    if cu_seqlens is not None:
+        expected.append((cu_seqlens.shape[0] - 1,))
+    elif len(shape) > 1:
+        expected.append(tuple(shape[:-1]))
+    if tuple(x.shape) in expected:
+        return
+    if broadcast:
+        try:
+            if torch.broadcast_shapes(x.shape, shape) == shape:
+                return
+        except RuntimeError:
+            pass
+        expected.append("what broadcasts to the first")  # type: ignore[arg-type]
+    raise ValueError(f"{name} must have shape {' or '.join(str(e) for e in expected)}; got {tuple(x.shape)}")
+
+
+def _as_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, shape=(), dtypes=(*FLOATS, *INTS), device=logprobs.device)
+        return normalizer.detach()
+    return torch.full((), check_number("normalizer", normalizer, at_least=0), dtype=state_dtype(logprobs), device=logprobs.device)

@@ -1,0 +1,329 @@
+"""The policy loss on tokens: loss, gradients and metrics in one forward; the backward only scales. Triton launcher and PyTorch path."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._backend import device_of
+from .._checks import state_dtype
+from ..config import PolicyLossConfig
+from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
+from .policy_terms import ESTIMATORS, Options, log_weight, objective, outside, surrogate_of
+
+METRICS = (
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "dual_clip_fraction",
+    "approx_kl",
+    "kl",
+    "entropy",
+    "ratio_mean",
+    "ratio_max",
+)
+# Beside the loss: by what the stored gradients with respect to logprobs and to entropy are to be multiplied, and the metrics.
+RESULTS = 2 + len(METRICS)
+
+
+class Tokens(NamedTuple):
+    """The tensors of a policy loss, in the order of the operator's arguments."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    mask: Tensor | None
+    ref_logprobs: Tensor | None
+    entropy: Tensor | None
+    importance_weights: Tensor | None
+    sampling_logprobs: Tensor | None
+    entropy_mask: Tensor | None
+    normalizer: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+def needs_statistics(config: PolicyLossConfig) -> bool:
+    """Whether a token's loss depends on its sequence, be it by the sequence's length alone."""
+    return (
+        surrogate_of(config).summand is not None
+        or config.ratio_level != "token"
+        or config.off_policy_threshold is not None
+        or "seq-mean-token-mean" in (config.aggregation, config.own_entropy_aggregation)
+    )
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
+
+# Four elements a thread: the dozen vector accumulators stay in registers.
+BLOCK, WARPS = 1024, 8
+
+
+def _triton_path(
+    x: Tokens, config: PolicyLossConfig, loss_out: Tensor, results: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> None:
+    from ..kernels import kl, policy, tokens
+
+    shape, time = x.logprobs.shape, x.logprobs.shape[-1]
+    packed = x.cu_seqlens is not None and (
+        config.needs_sequences or any(t is not None and t.shape == (x.cu_seqlens.shape[0] - 1,) for t in (x.advantages, x.importance_weights))
+    )
+
+    def rows(t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        if packed and t.dim() == 1 and t.shape != shape and t.shape[0] != 1:
+            return tokens.Rows(t, t.stride(0), 0)
+        t = (t.unsqueeze(-1) if t.shape == shape[:-1] else t).expand(shape)
+        if t.dim() == 1:
+            return tokens.Rows(t, 0, t.stride(0))
+        if t.dim() > 2:
+            t = t.reshape(-1, time)
+        return tokens.Rows(t, t.stride(0), t.stride(1))
+
+    tile = time if config.needs_sequences else BLOCK
+    tiles = -(-time // tile)
+    programs = x.cu_seqlens.shape[0] - 1 if packed and x.cu_seqlens is not None else x.logprobs.numel() // time * tiles
+    surrogate = surrogate_of(config)
+    with device_of(x.logprobs):
+        tokens.policy_kernel[(programs,)](
+            *(rows(t) for t in x[:9]),
+            rows(grad_logprobs),
+            rows(grad_entropy),
+            x.normalizer,
+            x.cu_seqlens if packed else None,
+            torch.empty(tokens.PARTIALS.value * programs, dtype=results.dtype, device=results.device),
+            torch.zeros((), dtype=torch.int32, device=results.device),
+            loss_out,
+            results,
+            time,
+            tiles,
+            tile,
+            Options.of(config, time),
+            TERM=getattr(policy, surrogate.term.__name__),
+            EDGES=getattr(policy, surrogate.edges.__name__),
+            SUMMAND=None if surrogate.summand is None else getattr(policy, surrogate.summand.__name__),
+            ESTIMATOR=getattr(kl, ESTIMATORS[config.kl_estimator].__name__),
+            LEVEL=config.ratio_level,
+            KL_WEIGHT={"False": "none", "True": "ratio"}.get(str(config.kl_ratio_weighted), config.kl_ratio_weighted),
+            AGGREGATION=config.aggregation,
+            ENTROPY_AGGREGATION=config.own_entropy_aggregation or "",
+            OFF_POLICY=config.off_policy_threshold is not None,
+            STATISTICS=needs_statistics(config),
+            REDUCTION=surrogate.reduction,
+            ONE_WEIGHT=x.importance_weights is not None and one_a_sequence(x.importance_weights, x.logprobs, x.cu_seqlens),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _torch_path(
+    x: Tokens, config: PolicyLossConfig, loss_out: Tensor, results: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> None:
+    dtype, time, cu_seqlens = results.dtype, x.logprobs.shape[-1], x.cu_seqlens
+    o, surrogate = Options.of(config, time), surrogate_of(config)
+    live = None if x.mask is None else x.mask != 0
+    kept = live if x.entropy_mask is None else (x.entropy_mask != 0 if live is None else live & (x.entropy_mask != 0))
+
+    def counted(values: Tensor, where: Tensor | None) -> Tensor:
+        return values if where is None else torch.where(where, values, 0.0)
+
+    def read(t: Tensor) -> Tensor:  # a masked position is never read
+        return counted(per_token(t, x.logprobs, cu_seqlens).to(dtype), live)
+
+    def over_sequences(values: Tensor) -> Tensor:
+        return to_tokens(sequence_sum(values, cu_seqlens), values, cu_seqlens)
+
+    lp = read(x.logprobs)
+    old = lp if x.old_logprobs is None else read(x.old_logprobs)
+    A = read(x.advantages)
+    w = None if x.importance_weights is None else read(x.importance_weights)
+    sampling = None if x.sampling_logprobs is None else read(x.sampling_logprobs)
+    ones = torch.ones_like(lp)
+    m, kept_m = counted(ones, live), counted(ones, kept)
+
+    length = kept_length = ones
+    if needs_statistics(config):
+        length, kept_length = over_sequences(m).clamp(min=1), over_sequences(kept_m).clamp(min=1)
+
+    raw = lp - old
+    if config.ratio_level != "token":
+        raw = over_sequences(raw)
+        if config.ratio_level != "sequence_sum":
+            raw = raw / length
+    stopped = outside(raw, o.log_ratio_low, o.log_ratio_high)
+    log_r = surrogate_log_r = raw.clamp(o.log_ratio_low, o.log_ratio_high)
+    slope = None
+    if surrogate.summand is not None:
+        summand, slope = surrogate.summand(log_r, A, o)
+        if surrogate.reduction == "kept-mean":
+            surrogate_log_r = over_sequences(counted(summand, kept)) / kept_length
+        else:
+            surrogate_log_r = over_sequences(counted(summand, live))
+            if x.importance_weights is not None and w is not None:
+                log_w = counted(log_weight(w), live)
+                surrogate_log_r = surrogate_log_r + (log_w if one_a_sequence(x.importance_weights, lp, cu_seqlens) else over_sequences(log_w))
+            w = None
+
+    keep = live if surrogate.reduction == "kept-mean" else kept
+    if config.off_policy_threshold is not None and sampling is not None:
+        fresh = (A >= 0) | (over_sequences(sampling - lp) / length <= config.off_policy_threshold)
+        keep = fresh if keep is None else keep & fresh
+    ref = None if x.ref_logprobs is None else read(x.ref_logprobs)
+    loss, d_lp, d_log_r, d_own, kl = objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, config, o)
+
+    scale = m / length if config.aggregation == "seq-mean-token-mean" else m
+    by = _divisor(config.aggregation, x.normalizer, m, cu_seqlens, o)
+    entropy_scale, entropy_by = scale, by
+    own = config.own_entropy_aggregation
+    if own:
+        entropy_scale = kept_m / kept_length if own == "seq-mean-token-mean" else kept_m
+        entropy_by = _divisor(own, None, kept_m, cu_seqlens, o)
+    h = None if x.entropy is None else read(x.entropy)
+    total = counted(scale * loss, live).sum() / by
+    if h is not None and config.entropy_coef != 0:
+        total = total - config.entropy_coef * ((entropy_scale * h).sum() / entropy_by)
+
+    count = m.sum().clamp(min=1)
+    low, high, dual = surrogate.edges(lp, old, log_r, A, o)
+    r = log_r.exp()
+    means = [low | high, low, high, dual, old - lp, kl, h, r]
+    largest = torch.where(m.any(), (r if live is None else r.masked_fill(~live, -torch.inf)).amax(), 0.0)
+    metrics = [torch.zeros_like(total) if t is None else counted(t.to(dtype), live).sum() / count for t in means]
+    loss_out.copy_(total)
+    results.copy_(torch.stack([1 / by, 1 / entropy_by, *metrics, largest]))
+
+    if grad_entropy is not None:
+        grad_entropy.copy_(-o.entropy_coef * entropy_scale)
+    if grad_logprobs is not None:
+        gradient = scale * d_lp
+        if surrogate.summand is None:
+            d_log_r = d_log_r + d_own
+        elif slope is not None and isinstance(d_own, Tensor):
+            share = over_sequences(counted(scale * d_own, live)) / kept_length
+            gradient = gradient + share * counted(slope.masked_fill(stopped, 0.0), kept)
+        if isinstance(d_log_r, Tensor):
+            d_log_r = counted(scale * d_log_r, live).masked_fill(stopped, 0.0)
+            if config.ratio_level in ("sequence", "sequence_sum"):
+                d_log_r = over_sequences(d_log_r) / (length if config.ratio_level == "sequence" else 1.0)
+            gradient = gradient + d_log_r
+        grad_logprobs.copy_(counted(gradient, live))
+
+
+def _divisor(aggregation: str, normalizer: Tensor | None, m: Tensor, cu_seqlens: Tensor | None, o: Options) -> Tensor:
+    """What the sum of (weighted) losses is divided by. A count of 0 divides by 1."""
+    if normalizer is not None:
+        count = normalizer.to(m.dtype)
+    elif aggregation == "token-mean":
+        count = m.sum()
+    elif aggregation == "sum":
+        count = m.new_ones(())
+    else:
+        count = (sequence_sum(m, cu_seqlens) > 0).sum().to(m.dtype)
+    count = torch.where(count == 0, 1.0, count)
+    return count * o.max_length if aggregation == "seq-mean-token-sum-norm" else count
+
+
+# ---- custom op and autograd -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlkern::policy_loss", mutates_args=())
+def policy_loss_op(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    normalizer: Tensor | None,
+    cu_seqlens: Tensor | None,
+    with_logprobs_gradient: bool,
+    with_entropy_gradient: bool,
+    config: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, results, gradient wrt logprobs, gradient wrt entropy); the gradients are undivided: ``results`` begins with their factors."""
+    x = Tokens(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs,
+        entropy,
+        importance_weights,
+        sampling_logprobs,
+        entropy_mask,
+        normalizer,
+        cu_seqlens,
+    )
+    out = _outputs(logprobs, with_logprobs_gradient, with_entropy_gradient)
+    loss, results, grad_logprobs, grad_entropy = out
+    if logprobs.numel() == 0:
+        loss.zero_()
+        results.zero_()
+        return out
+    if cu_seqlens is not None:  # tokens beyond the last sequence belong to no program
+        grad_logprobs.zero_()
+        grad_entropy.zero_()
+    run = _triton_path if backend == "triton" else _torch_path
+    run(
+        x,
+        PolicyLossConfig.from_json(config),
+        loss,
+        results,
+        grad_logprobs if with_logprobs_gradient else None,
+        grad_entropy if with_entropy_gradient else None,
+    )
+    return out
+
+
+def _outputs(logprobs: Tensor, with_logprobs_gradient: bool, with_entropy_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, device = state_dtype(logprobs), logprobs.device
+    loss = torch.empty((), dtype=dtype, device=device)
+    results = torch.empty(RESULTS, dtype=dtype, device=device)
+    grad_logprobs = torch.empty(logprobs.shape if with_logprobs_gradient else (0,), dtype=dtype, device=device)
+    grad_entropy = torch.empty(logprobs.shape if with_entropy_gradient else (0,), dtype=dtype, device=device)
+    return loss, results, grad_logprobs, grad_entropy
+
+
+@policy_loss_op.register_fake
+def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(logprobs, *args[10:12])
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, config: str, backend: str, *x: Any) -> tuple[Tensor, Tensor]:
+        t = Tokens(*x)
+        _, _, needs_logprobs, *_ = ctx.needs_input_grad
+        needs_entropy = ctx.needs_input_grad[2 + Tokens._fields.index("entropy")]
+        loss, results, grad_logprobs, grad_entropy = policy_loss_op(*t, needs_logprobs, needs_entropy, config, backend)
+        ctx.save_for_backward(results, grad_logprobs, grad_entropy)
+        ctx.dtypes = t.logprobs.dtype, None if t.entropy is None else t.entropy.dtype
+        ctx.mark_non_differentiable(results)
+        return loss, results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        results, grad_logprobs, grad_entropy = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * (2 + len(Tokens._fields))
+        for name, gradient, factor, dtype in zip(("logprobs", "entropy"), (grad_logprobs, grad_entropy), results[:2], ctx.dtypes, strict=True):
+            index = 2 + Tokens._fields.index(name)
+            if ctx.needs_input_grad[index]:
+                grads[index] = (gradient * (grad_loss * factor)).to(dtype)
+        return tuple(grads)
+
+
+def policy_loss(x: Tokens, config: PolicyLossConfig, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics); differentiable in ``x.logprobs`` and ``x.entropy``. Arguments are checked by the caller."""
+    loss, results = _PolicyLoss.apply(config.json, backend, *x)
+    return loss, dict(zip(METRICS, results[2:].unbind(), strict=True))

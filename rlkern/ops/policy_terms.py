@@ -1,0 +1,332 @@
+"""The policy objective of a token in PyTorch, with derivatives written out: what ``kernels/policy.py`` and ``kernels/kl.py`` are in Triton.
+
+Elementwise on tensors of any shape, in the dtype of the log-probs; used where gradients are made in the forward, without autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import INF, PolicyLossConfig, bounds
+
+
+class Options(NamedTuple):
+    """The numbers of a :class:`PolicyLossConfig` as the terms read them: an option that is absent is neutral."""
+
+    low: float  # of the ratio (clip, cispo), of its logarithm (gmpo), of p - p_old (dppo_tv), of minus the divergence (dppo_kl)
+    high: float
+    ratio_cap: float
+    dual_clip: float
+    tau_pos: float
+    tau_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    log_ratio_low: float
+    log_ratio_high: float
+    off_policy_threshold: float
+    kl_coef: float
+    kl_input_low: float
+    kl_input_high: float
+    kl_output_low: float
+    kl_output_high: float
+    entropy_coef: float
+    max_length: float
+
+    @classmethod
+    def of(cls, config: PolicyLossConfig, time: int) -> Options:
+        """``time``: the length of the time dimension, which stands for ``max_length`` where that is None."""
+
+        def or_infinite(x: float | None) -> float:
+            return INF if x is None else x
+
+        center = 1.0 if config.surrogate in ("clip", "cispo") else 0.0
+        low, high = center - or_infinite(config.clip_low), center + or_infinite(config.clip_high)
+        if config.surrogate == "cispo" and config.cispo_cap is not None:
+            low, high = -INF, config.cispo_cap
+        return cls(
+            low,
+            high,
+            or_infinite(config.ratio_cap),
+            or_infinite(config.dual_clip),
+            config.tau_pos,
+            config.tau_neg,
+            config.vespo_k_pos,
+            config.vespo_lambda_pos,
+            config.vespo_k_neg,
+            config.vespo_lambda_neg,
+            *bounds(config.log_ratio_clamp),
+            or_infinite(config.off_policy_threshold),
+            config.kl_coef,
+            *bounds(config.kl_input_clamp),
+            *bounds(config.kl_output_clamp),
+            config.entropy_coef,
+            float(time if config.max_length is None else config.max_length),
+        )
+
+
+def outside(x: Tensor, low: float, high: float) -> Tensor:
+    """Where a clamp stops the gradient."""
+    return (x < low) | (x > high)
+
+
+# ---- surrogates: (lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r) -------------------------------------------------------------
+
+Derivative = Tensor | float
+Term = Callable[[Tensor, Tensor, Tensor, Tensor, Options], tuple[Tensor, Derivative, Derivative]]
+Edges = Callable[[Tensor, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor, Tensor]]
+Summand = Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]]
+
+
+def _clipped_branch(r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    free, clipped = r.clamp(max=o.ratio_cap) * A, r.clamp(o.low, o.high) * A
+    free_slope = A.masked_fill(r > o.ratio_cap, 0.0) if o.ratio_cap < INF else A
+    clipped_slope = A.masked_fill(outside(r, o.low, o.high), 0.0)
+    slope = torch.where(free < clipped, free_slope, torch.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
+    return -torch.minimum(free, clipped), -slope
+
+
+def clip(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    r = log_r.exp()
+    loss, slope = _clipped_branch(r, A, o)
+    if o.dual_clip < INF:
+        most = -o.dual_clip * A
+        over = (A < 0) & (loss > most)
+        slope = torch.where(over, 0.0, torch.where((A < 0) & (loss == most), 0.5 * slope, slope))
+        loss = torch.where(over, most, loss)
+    return loss, 0.0, slope * r
+
+
+def clip_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    r = log_r.exp()
+    dual = (A < 0) & (_clipped_branch(r, A, o)[0] > -o.dual_clip * A) if o.dual_clip < INF else nowhere(A)
+    return (A < 0) & (r < o.low), (A > 0) & (r > o.high), dual
+
+
+def cispo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    slope = -log_r.exp().clamp(o.low, o.high) * A
+    return slope * lp, slope, 0.0
+
+
+def ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    r = log_r.exp()
+    return (A < 0) & (r < o.low), (A > 0) & (r > o.high), nowhere(A)
+
+
+def sapo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    r = log_r.exp()
+    tau = torch.where(A > 0, o.tau_pos, o.tau_neg).to(A.dtype)
+    gate = torch.sigmoid(tau * (r - 1))
+    return -gate * 4 / tau * A, 0.0, -4 * A * gate * (1 - gate) * r
+
+
+def gmpo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    loss = -A * log_r.exp()
+    return loss, 0.0, loss
+
+
+def gmpo_summand(log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    up = A > 0
+    stopped = (up & (log_r > o.high)) | (~up & (log_r < o.low))
+    return torch.where(up, log_r.clamp(max=o.high), log_r.clamp(min=o.low)), (~stopped).to(log_r.dtype)
+
+
+def log_ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    return (A < 0) & (log_r < o.low), (A > 0) & (log_r > o.high), nowhere(A)
+
+
+VESPO_LOW, VESPO_HIGH = math.log(1e-8), 20.0
+
+
+def vespo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    s = log_r.clamp(VESPO_LOW, VESPO_HIGH)
+    k = torch.where(A >= 0, o.vespo_k_pos, o.vespo_k_neg).to(s.dtype)
+    scale = torch.where(A >= 0, max(o.vespo_lambda_pos, 1e-4), max(o.vespo_lambda_neg, 1e-4)).to(s.dtype)
+    slope = -torch.exp(scale + k * s - scale * s.exp()).nan_to_num(nan=0.0, posinf=0.0) * A
+    return slope * lp, slope, 0.0
+
+
+def log_weight(w: Tensor) -> Tensor:
+    """VESPO's log of an importance weight; of 0 it is the lower bound."""
+    return w.log().clamp(VESPO_LOW, VESPO_HIGH)
+
+
+def vespo_summand(log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    return log_r.clamp(-20, 20), torch.zeros_like(log_r)
+
+
+def dppo_tv_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    moved = lp.exp() - old.exp()
+    return (A <= 0) & (moved < o.low), (A > 0) & (moved > o.high), nowhere(A)
+
+
+def dppo_kl_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    p, p_old = lp.exp(), old.exp()
+    other, other_old = -torch.expm1(lp), -torch.expm1(old)
+    distance = torch.where(p_old > 0, p_old * (old - lp), 0.0) + torch.where(other_old > 0, other_old * (other_old.log() - other.log()), 0.0)
+    return (A <= 0) & (distance > -o.low) & (p < p_old), (A > 0) & (distance > o.high) & (p > p_old), nowhere(A)
+
+
+def _dppo_ratio(log_r: Tensor, A: Tensor, dropped: Tensor) -> tuple[Tensor, Derivative, Derivative]:
+    loss = (-log_r.exp() * A).masked_fill(dropped, 0.0)
+    return loss, 0.0, loss
+
+
+def _dppo_score(lp: Tensor, log_r: Tensor, A: Tensor, dropped: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    slope = (-log_r.exp().clamp(max=o.ratio_cap) * A).masked_fill(dropped, 0.0)
+    return (slope * lp).masked_fill(dropped, 0.0), slope, 0.0
+
+
+def dppo_tv_ratio(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    low, high, _ = dppo_tv_edges(lp, old, log_r, A, o)
+    return _dppo_ratio(log_r, A, low | high)
+
+
+def dppo_tv_score(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    low, high, _ = dppo_tv_edges(lp, old, log_r, A, o)
+    return _dppo_score(lp, log_r, A, low | high, o)
+
+
+def dppo_kl_ratio(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    low, high, _ = dppo_kl_edges(lp, old, log_r, A, o)
+    return _dppo_ratio(log_r, A, low | high)
+
+
+def dppo_kl_score(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    low, high, _ = dppo_kl_edges(lp, old, log_r, A, o)
+    return _dppo_score(lp, log_r, A, low | high, o)
+
+
+def reinforce(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+    return -A * lp, -A, 0.0
+
+
+def nowhere(A: Tensor) -> Tensor:
+    return torch.zeros_like(A, dtype=torch.bool)
+
+
+def no_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    return nowhere(A), nowhere(A), nowhere(A)
+
+
+class Surrogate(NamedTuple):
+    """The parts of a surrogate; those in Triton have the same names in ``kernels/policy.py``."""
+
+    term: Term
+    edges: Edges = no_edges
+    summand: Summand | None = None  # reduced over the sequence by ``reduction`` (see tokens.policy_kernel), the result is the term's log_r
+    reduction: str = ""
+
+
+SURROGATES: dict[str, Surrogate] = {
+    "clip": Surrogate(clip, clip_edges),
+    "cispo": Surrogate(cispo, ratio_edges),
+    "sapo": Surrogate(sapo),
+    "gmpo": Surrogate(gmpo, log_ratio_edges, gmpo_summand, "kept-mean"),
+    "vespo": Surrogate(vespo, no_edges, vespo_summand, "weighted-sum"),
+    "dppo_tv/ratio": Surrogate(dppo_tv_ratio, dppo_tv_edges),
+    "dppo_tv/score": Surrogate(dppo_tv_score, dppo_tv_edges),
+    "dppo_kl/ratio": Surrogate(dppo_kl_ratio, dppo_kl_edges),
+    "dppo_kl/score": Surrogate(dppo_kl_score, dppo_kl_edges),
+    "reinforce": Surrogate(reinforce),
+}
+
+
+def surrogate_of(config: PolicyLossConfig) -> Surrogate:
+    """The surrogate that ``config`` names."""
+    return SURROGATES[f"{config.surrogate}/{config.dppo_form}" if config.surrogate.startswith("dppo") else config.surrogate]
+
+
+# ---- KL: d = ref - lp -> (value, derivative in d) ----------------------------------------------------------------------------------------------
+
+
+def k1(d: Tensor) -> tuple[Tensor, Derivative]:
+    return -d, -1.0
+
+
+def absolute(d: Tensor) -> tuple[Tensor, Derivative]:
+    return d.abs(), d.sign()
+
+
+def k2(d: Tensor) -> tuple[Tensor, Derivative]:
+    return 0.5 * d * d, d
+
+
+def k3(d: Tensor) -> tuple[Tensor, Derivative]:
+    slope = torch.expm1(d)
+    return slope - d, slope
+
+
+def k1_plus(d: Tensor) -> tuple[Tensor, Derivative]:
+    return -d, d
+
+
+def k3_plus(d: Tensor) -> tuple[Tensor, Derivative]:
+    return torch.expm1(d) - d, d
+
+
+# In Triton they have the same names in ``kernels/kl.py``.
+ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Derivative]]] = {
+    "k1": k1,
+    "abs": absolute,
+    "k2": k2,
+    "k3": k3,
+    "k1+": k1_plus,
+    "k3+": k3_plus,
+}
+
+
+def kl_penalty(lp: Tensor, ref: Tensor, weight: Tensor, estimator: str, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, d KL / d lp, d KL / d weight): input clamp, estimator, times the weight, output clamp."""
+    d = ref - lp
+    value, slope = ESTIMATORS[estimator](d.clamp(o.kl_input_low, o.kl_input_high))
+    kl = value * weight
+    stopped = outside(d, o.kl_input_low, o.kl_input_high) | outside(kl, o.kl_output_low, o.kl_output_high)
+    return kl.clamp(o.kl_output_low, o.kl_output_high), (-slope * weight).masked_fill(stopped, 0.0), value.masked_fill(stopped, 0.0)
+
+
+def objective(
+    lp: Tensor,
+    old: Tensor,
+    log_r: Tensor,
+    surrogate_log_r: Tensor,
+    A: Tensor,
+    w: Tensor | None,
+    keep: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    config: PolicyLossConfig,
+    o: Options,
+) -> tuple[Tensor, Derivative, Derivative, Derivative, Tensor | None]:
+    """One token's loss,  keep w surrogate + kl_coef KL:  (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL)."""
+    loss, d_lp, d_own = surrogate_of(config).term(lp, old, surrogate_log_r, A, o)
+
+    def weighted(x: Derivative) -> Derivative:
+        if isinstance(x, Tensor):
+            x = x if w is None else x * w
+            x = x if keep is None else torch.where(keep, x, 0.0)
+        return x
+
+    loss, d_lp, d_own = torch.as_tensor(weighted(loss)), weighted(d_lp), weighted(d_own)
+    d_log_r: Derivative = 0.0
+    kl = None
+    if ref is not None:
+        weight = torch.ones_like(lp)
+        if config.kl_ratio_weighted is True:
+            weight = log_r.exp()
+        elif config.kl_ratio_weighted == "sampling" and sampling is not None:
+            weight = torch.exp(lp - sampling)
+        kl, d_kl, d_weight = kl_penalty(lp, ref, weight, config.kl_estimator, o)
+        loss = loss + o.kl_coef * kl
+        d_lp = d_lp + o.kl_coef * d_kl
+        if config.kl_ratio_weighted is True:
+            d_log_r = o.kl_coef * d_weight * weight
+        elif config.kl_ratio_weighted:
+            d_lp = d_lp + o.kl_coef * d_weight * weight
+    return loss, d_lp, d_log_r, d_own, kl
