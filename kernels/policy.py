@@ -195,7 +195,7 @@ def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TER
     if ref is not None:
         weight = tl.zeros_like(lp) + 1.0
         if KL_WEIGHT == "ratio":
-            weight = tl.exp(log_r) + tl.zeros_like(lp)
+            weight = tl.exp(log_r)
         elif KL_WEIGHT == "sampling":
             weight = tl.exp(lp - sampling)
         kl, d_kl, d_weight = penalty(lp, ref, weight, o, ESTIMATOR)

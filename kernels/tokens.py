@@ -215,8 +215,6 @@ def policy_kernel(
             w = tl.load(at(weights, row, begin), mask=tokens > 0.0, other=1.0).to(DTYPE)
             own_log_r += policy.log_weight(w)
         drift = tl.sum(drift_total, 0) / length
-    sequence_stopped = outside(sequence_log_r, o.log_ratio_low, o.log_ratio_high)
-    sequence_log_r = clamp(sequence_log_r, o.log_ratio_low, o.log_ratio_high)
     # What the lengths put into the weight of a token.
     scale = 1.0 / length if AGGREGATION == "seq-mean-token-mean" else tl.full([], 1.0, DTYPE)
     entropy_scale = scale
@@ -234,21 +232,19 @@ def policy_kernel(
         lp = read(logprobs, row, columns, live, DTYPE)
         behaviour = read_old(old, lp, row, columns, live, DTYPE)
         A = read(advantages, row, columns, live, DTYPE)
-        stopped = sequence_stopped
-        log_r = sequence_log_r
-        if LEVEL == "token":
-            stopped = outside(lp - behaviour, o.log_ratio_low, o.log_ratio_high)
-            log_r = clamp(lp - behaviour, o.log_ratio_low, o.log_ratio_high)
+        log_r = lp - behaviour if LEVEL == "token" else zero + sequence_log_r
+        stopped = outside(log_r, o.log_ratio_low, o.log_ratio_high)
+        log_r = clamp(log_r, o.log_ratio_low, o.log_ratio_high)
         keep = live if KEPT_MEAN else kept  # the geometric mean has taken the entropy mask into account
         if OFF_POLICY:
-            keep = keep & ((A >= 0.0) | (drift <= o.off_policy_threshold))
+            keep = keep & ((A >= 0.0) | (zero + drift <= o.off_policy_threshold))
         w = zero + 1.0
         if weights is not None and REDUCTION != "weighted-sum":
             w = read(weights, row, columns, live, DTYPE)
         reference = read(ref, row, columns, live, DTYPE) if ref is not None else None
         sampled = read(sampling, row, columns, live, DTYPE) if KL_WEIGHT == "sampling" else None
         loss, d_lp, d_log_r, d_own, kl = policy.objective(
-            lp, behaviour, log_r, own_log_r if REDUCTION != "" else log_r, A, w, keep, reference, sampled, o, TERM, ESTIMATOR, KL_WEIGHT
+            lp, behaviour, log_r, zero + own_log_r if REDUCTION != "" else log_r, A, w, keep, reference, sampled, o, TERM, ESTIMATOR, KL_WEIGHT
         )
         if REDUCTION == "":
             d_log_r += d_own
@@ -278,7 +274,7 @@ def policy_kernel(
         duals += (live & dual).to(DTYPE)
         drifts += behaviour - lp
         kls += tl.where(live, kl, 0.0)
-        r = tl.exp(log_r) + zero
+        r = tl.exp(log_r)
         ratios += tl.where(live, r, 0.0)
         largest = tl.maximum(largest, tl.where(live, r, float("-inf")))
 
