@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m rlkern grpo
 
 test: lint
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

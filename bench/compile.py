@@ -273,12 +273,12 @@ def compile_all(launches: Mapping[str, Callable[[], Any]], targets: list[str], *
 
 
 def _print_table(reports: list[Report]) -> None:
-    row = "{:8}{:28}{:44}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}  {}"
+    row = "{:8}{:28}{:48}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}  {}"
     print(f"triton {triton.__version__}")
     print(row.format("target", "kernel", "first launched by", "warps", "regs", "spilled", "shared", "occupancy", "load bits", "in loops"))
     for r in sorted(reports, key=lambda r: (r.kernel, r.launch, r.target)):
         if r.error:
-            print(f"{r.target:8}{r.kernel:28}{r.launch:44}does not compile")
+            print(f"{r.target:8}{r.kernel:28}{r.launch:48}does not compile")
         else:
             widths = " ".join(map(str, r.loop_load_bits))
             print(row.format(r.target, r.kernel, r.launch, r.warps, r.registers, r.spilled, r.shared, f"{r.occupancy:.0%}", r.load_bits, widths))

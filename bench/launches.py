@@ -7,6 +7,7 @@ new kernel, dtype or option that changes the types of what a launcher passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VO
 
 
 LAUNCHES: dict[str, Callable[[], Any]] = {
-    **{f"token_logprobs {name}": lambda dtype=dtype: _token_logprobs(dtype) for name, dtype in DTYPES.items()},
-    **{f"token_logprobs {name}, entropy": lambda dtype=dtype: _token_logprobs(dtype, with_entropy=True) for name, dtype in DTYPES.items()},
-    "token_logprobs mask, temperature a token, soft-cap": lambda: _token_logprobs(
-        mask=torch.ones(ROWS, dtype=torch.bool), temperature=torch.ones(ROWS), softcap=30.0, with_entropy=True
+    **{f"token_logprobs {name}": partial(_token_logprobs, dtype) for name, dtype in DTYPES.items()},
+    **{f"token_logprobs {name}, entropy": partial(_token_logprobs, dtype, with_entropy=True) for name, dtype in DTYPES.items()},
+    "token_logprobs mask, temperatures, soft-cap": partial(
+        _token_logprobs, mask=torch.ones(ROWS, dtype=torch.bool), temperature=torch.ones(ROWS), softcap=30.0, with_entropy=True
     ),
-    "token_logprobs small odd vocabulary, int32 ids": lambda: _token_logprobs(vocabulary=1009, ids=torch.int32, with_entropy=True),
-    "token_logprobs in place": lambda: _token_logprobs(inplace_backward=True),
+    "token_logprobs small odd vocabulary, int32 ids": partial(_token_logprobs, vocabulary=1009, ids=torch.int32, with_entropy=True),
+    "token_logprobs in place": partial(_token_logprobs, inplace_backward=True),
 }
