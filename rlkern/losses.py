@@ -74,46 +74,20 @@ def policy_loss(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, device or option, or an input that the configuration needs.
     """
-    if not isinstance(config, PolicyLossConfig):
-        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
-    check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
-    shape, device = logprobs.shape, logprobs.device
-    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("sampling_logprobs", sampling_logprobs)):
-        if x is not None:
-            check_tensor(name, x, shape=shape, dtypes=FLOATS, device=device)
-    for name, x in (("mask", mask), ("entropy_mask", entropy_mask)):
-        if x is not None:
-            check_tensor(name, x, shape=shape, device=device)
-    _check_sequences(logprobs, cu_seqlens, validate)
-    _check_per_token("advantages", advantages, logprobs, cu_seqlens)
-    if importance_weights is not None:
-        _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)
-    if config.needs_sequences and cu_seqlens is None and logprobs.dim() == 1:
-        raise ValueError(
-            f"a loss over sequences ({config.sequence_option}) needs logprobs of [batch, time], or cu_seqlens with [tokens]; "
-            f"got shape {tuple(shape)} without cu_seqlens"
-        )
-    if config.aggregation == "seq-mean-token-sum-norm" and config.max_length is None and cu_seqlens is not None:
-        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length in the config")
-    for needed, name, x in (
-        (config.kl_coef != 0, "ref_logprobs", ref_logprobs),
-        (config.entropy_coef != 0, "entropy", entropy),
-        (config.needs_sampling_logprobs, "sampling_logprobs", sampling_logprobs),
-    ):
-        if needed and x is None:
-            raise ValueError(f"{name} is needed by this config, got None: {config}")
-    tokens = Tokens(
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
+    tokens = check_tokens(
+        logprobs,
+        old_logprobs,
+        advantages,
         mask=mask,
         ref_logprobs=ref_logprobs,
         entropy=entropy,
         importance_weights=importance_weights,
         sampling_logprobs=sampling_logprobs,
         entropy_mask=entropy_mask,
-        normalizer=_as_normalizer(normalizer, logprobs),
+        normalizer=normalizer,
         cu_seqlens=cu_seqlens,
+        config=config,
+        validate=validate,
     )
     loss, metrics = policy_loss_on_tokens(tokens, config, choose_backend(backend, logprobs))
     return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
@@ -205,6 +179,66 @@ def kl_penalty(
         mask=mask,
         input_clamp=check_clamp("input_clamp", input_clamp),
         output_clamp=check_clamp("output_clamp", output_clamp),
+    )
+
+
+def check_tokens(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: PolicyLossConfig,
+    validate: bool | None,
+) -> Tokens:
+    """Check what :func:`policy_loss` and its fused forms are given, and put it in the operator's order."""
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
+    check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
+    shape, device = logprobs.shape, logprobs.device
+    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("sampling_logprobs", sampling_logprobs)):
+        if x is not None:
+            check_tensor(name, x, shape=shape, dtypes=FLOATS, device=device)
+    for name, x in (("mask", mask), ("entropy_mask", entropy_mask)):
+        if x is not None:
+            check_tensor(name, x, shape=shape, device=device)
+    _check_sequences(logprobs, cu_seqlens, validate)
+    _check_per_token("advantages", advantages, logprobs, cu_seqlens)
+    if importance_weights is not None:
+        _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)
+    if config.needs_sequences and cu_seqlens is None and logprobs.dim() == 1:
+        raise ValueError(
+            f"a loss over sequences ({config.sequence_option}) needs logprobs of [batch, time], or cu_seqlens with [tokens]; "
+            f"got shape {tuple(shape)} without cu_seqlens"
+        )
+    if config.aggregation == "seq-mean-token-sum-norm" and config.max_length is None and cu_seqlens is not None:
+        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length in the config")
+    for needed, name, x in (
+        (config.kl_coef != 0, "ref_logprobs", ref_logprobs),
+        (config.entropy_coef != 0, "entropy", entropy),
+        (config.needs_sampling_logprobs, "sampling_logprobs", sampling_logprobs),
+    ):
+        if needed and x is None:
+            raise ValueError(f"{name} is needed by this config, got None: {config}")
+    return Tokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        importance_weights=importance_weights,
+        sampling_logprobs=sampling_logprobs,
+        entropy_mask=entropy_mask,
+        normalizer=_as_normalizer(normalizer, logprobs),
+        cu_seqlens=cu_seqlens,
     )
 
 
