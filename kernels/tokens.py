@@ -43,16 +43,20 @@ def read(x, row, columns, live, DTYPE: tl.constexpr):
 def read_flag(x, row, columns, live):
     """Where ``live`` and, if there is a mask ``x``, it is not zero."""
     if x is None:
-        return live
-    return live & (tl.load(at(x, row, columns), mask=live, other=0) != 0)
+        flag = live
+    else:
+        flag = live & (tl.load(at(x, row, columns), mask=live, other=0) != 0)
+    return flag
 
 
 @triton.jit
 def read_old(old, lp, row, columns, live, DTYPE: tl.constexpr):
     """The behaviour log-prob; the policy's own where there is none."""
     if old is None:
-        return lp
-    return read(old, row, columns, live, DTYPE)
+        value = lp
+    else:
+        value = read(old, row, columns, live, DTYPE)
+    return value
 
 
 @triton.jit
@@ -222,7 +226,7 @@ def policy_kernel(
         entropy_scale = 1.0 / kept_length if ENTROPY_AGGREGATION == "seq-mean-token-mean" else tl.full([], 1.0, DTYPE)
 
     # Second pass: losses, direct gradients, metrics.
-    losses, counts, kept_counts, entropies, bonuses, spread = zero, zero, zero, zero, zero, zero
+    losses, counts, kept_counts, entropies, kept_entropies, spread = zero, zero, zero, zero, zero, zero
     lows, highs, duals, drifts, kls, ratios, largest = zero, zero, zero, zero, zero, zero, zero + float("-inf")
     for start in range(begin, end, BLOCK):
         columns = start + offsets
@@ -260,11 +264,13 @@ def policy_kernel(
 
         losses += tl.where(live, loss, 0.0)
         counts += live.to(DTYPE)
-        kept_counts += kept.to(DTYPE)
+        if ENTROPY_AGGREGATION != "":
+            kept_counts += kept.to(DTYPE)
         if entropy is not None:
             h = read(entropy, row, columns, live, DTYPE)
             entropies += h
-            bonuses += h if ENTROPY_AGGREGATION == "" else tl.where(kept, h, 0.0)
+            if ENTROPY_AGGREGATION != "":
+                kept_entropies += tl.where(kept, h, 0.0)
             if grad_entropy is not None:
                 counted = live if ENTROPY_AGGREGATION == "" else kept
                 tl.store(at(grad_entropy, row, columns), tl.where(counted, -o.entropy_coef * entropy_scale, 0.0), mask=inside)
@@ -301,10 +307,12 @@ def policy_kernel(
                 gradient += share
             tl.store(at(grad_logprobs, row, columns), gradient, mask=takes)
 
+    if ENTROPY_AGGREGATION == "":
+        kept_counts, kept_entropies = counts, entropies
     count = tl.sum(counts, 0)
     kept_count = tl.sum(kept_counts, 0)
     store_partial(partials, 0, scale * tl.sum(losses, 0))
-    store_partial(partials, 1, entropy_scale * tl.sum(bonuses, 0))
+    store_partial(partials, 1, entropy_scale * tl.sum(kept_entropies, 0))
     store_partial(partials, 2, count)
     store_partial(partials, 3, tl.where(count > 0.0, 1.0, 0.0))
     store_partial(partials, 4, kept_count)

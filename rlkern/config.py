@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -103,7 +103,7 @@ class PolicyLossConfig:
     aggregation: str = "token-mean"
     max_length: float | None = None
     # The whole as one string: what the custom operators, which take no Python objects, are given.
-    json: str = field(init=False, repr=False, compare=False)
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("surrogate", self.surrogate, SURROGATES)
@@ -124,7 +124,7 @@ class PolicyLossConfig:
                 check_number(name, value, **limits)
         for name in ("log_ratio_clamp", "kl_input_clamp", "kl_output_clamp"):
             object.__setattr__(self, name, check_clamp(name, getattr(self, name)))
-        object.__setattr__(self, "json", json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.init}))
+        object.__setattr__(self, "text", ", ".join([f"{name!r}: {getattr(self, name)!r}" for name in _NAMES]))
 
     @property
     def sequence_option(self) -> str | None:
@@ -147,6 +147,11 @@ class PolicyLossConfig:
         return self.sequence_option is not None
 
     @property
+    def is_token_level(self) -> bool:
+        """Whether a token's loss, before its weight, depends on no other token: then its gradient can be made where its logits are."""
+        return self.ratio_level == "token" and self.surrogate not in ("gmpo", "vespo") and self.off_policy_threshold is None
+
+    @property
     def own_entropy_aggregation(self) -> str | None:
         """The entropy bonus's own aggregation; None where it is the policy's, or there is no bonus."""
         return self.entropy_aggregation if self.entropy_coef != 0 else None
@@ -158,9 +163,9 @@ class PolicyLossConfig:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def from_json(text: str) -> PolicyLossConfig:
-        """The configuration whose ``json`` this is."""
-        return PolicyLossConfig(**json.loads(text))
+    def from_text(text: str) -> PolicyLossConfig:
+        """The configuration whose ``text`` this is."""
+        return PolicyLossConfig(**ast.literal_eval(f"{{{text}}}"))
 
     # Presets. Each takes overrides: PolicyLossConfig.grpo(kl_coef=0.04). KL and entropy terms are off unless asked for.
 
@@ -241,6 +246,7 @@ class PolicyLossConfig:
         return cls(**{"surrogate": "reinforce", **overrides})
 
 
+_NAMES = tuple(f.name for f in fields(PolicyLossConfig) if f.init)
 _LIMITS: dict[str, dict[str, float]] = {
     "clip_low": {"at_least": 0},
     "clip_high": {"at_least": 0},

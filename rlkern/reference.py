@@ -7,8 +7,9 @@ Notation: ``S`` is the shape of per-token tensors (``[..., time]`` padded, or ``
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -410,3 +411,151 @@ def importance_weights(
     w = d.exp()
     limited = clamp(w, (low, high))
     return torch.where(m, limited if outside == "clamp" else torch.where(limited == w, w, 0.0), 0.0)
+
+
+def td_errors(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    rho: Tensor,
+    c: Tensor,
+    mask: Tensor | None = None,
+    masked: str = "skip",
+    last_values: Tensor | None = None,
+    next_values: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recursion that all the functions of time share, from the last step to the first:
+
+    delta_t = rho_t (r_t + gamma V' - V_t),   D_t = delta_t + gamma lam c_t D'
+    V', D'    of the next step; beyond the end V' = last_values or 0, D' = 0
+    terminated: V' = D' = 0;   truncated: D' = 0, and V' is next_values[t] where given;   a step that is both is terminated
+    masked:   "skip" leaves the step out;  "decay" takes it as r = V = 0, neither terminated nor truncated
+
+    Returns D and Q - V, where Q_t = r_t + gamma (V' + lam D') is the target seen one step on; both are 0 at masked positions.
+    """
+    if cu_seqlens is not None:
+        pieces = []
+        bounds = cu_seqlens.tolist()
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            one = {"gamma": gamma, "lam": lam, "last_values": last_values}
+            one = {name: x[i] if isinstance(x, Tensor) else x for name, x in one.items()}
+            each = {"rho": rho, "c": c, "mask": mask, "next_values": next_values, "terminated": terminated, "truncated": truncated}
+            each = {name: x if x is None else x[begin:end] for name, x in each.items()}
+            pieces.append(td_errors(rewards[begin:end], values[begin:end], masked=masked, **one, **each))  # type: ignore[arg-type]
+        return torch.cat([d for d, _ in pieces]), torch.cat([q for _, q in pieces])
+    dtype = torch.promote_types(compute_dtype(rewards), compute_dtype(values))
+    no = torch.zeros(rewards.shape, dtype=torch.bool, device=rewards.device)
+    m = ~no if mask is None else mask != 0
+    r, v = (torch.where(m, x.to(dtype), 0.0) for x in (rewards, values))
+    stop = no if terminated is None else m & (terminated != 0)
+    cut = stop if truncated is None else stop | (m & (truncated != 0))
+    D = torch.zeros(rewards.shape[:-1], dtype=dtype, device=rewards.device)
+    V = D if last_values is None else last_values.to(dtype)
+    errors, advantages = [], []
+    for t in reversed(range(rewards.shape[-1])):
+        V_next = V if next_values is None else torch.where(cut[..., t] & ~stop[..., t], next_values[..., t].to(dtype), V)
+        V_next = torch.where(stop[..., t], 0.0, V_next)
+        D_next = torch.where(cut[..., t], 0.0, D)
+        delta = rho[..., t] * (r[..., t] + gamma * V_next - v[..., t])
+        errors.append(delta + gamma * lam * c[..., t] * D_next)
+        advantages.append(r[..., t] + gamma * (V_next + lam * D_next) - v[..., t])
+        step = m[..., t] if masked == "skip" else ~no[..., t]
+        D, V = torch.where(step, errors[-1], D), torch.where(step, v[..., t], V)
+    if not errors:
+        return r, r.clone()
+    return tuple(torch.where(m, torch.stack(x[::-1], -1), 0.0) for x in (errors, advantages))  # type: ignore[return-value]
+
+
+def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """A_t = delta_t + gamma lam A_{t+1},  returns = A + V   (Schulman et al. 2016).  ``options``: those of td_errors."""
+    one = torch.ones_like(rewards)
+    A, _ = td_errors(rewards, values, rho=one, c=one, mask=mask, **options)
+    return A, A + (values if mask is None else torch.where(mask != 0, values, 0.0)).to(A.dtype)
+
+
+def td_lambda(rewards: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """R_t = r_t + gamma ((1 - lam) V_{t+1} + lam R_{t+1}), which is A_t + V_t."""
+    return gae(rewards, values, **options)[1]
+
+
+def discounted_returns(rewards: Tensor, *, gamma: float | Tensor, **options: Any) -> Tensor:
+    """R_t = r_t + gamma R_{t+1}: GAE with V = 0 and lam = 1."""
+    return gae(rewards, torch.zeros_like(rewards), gamma=gamma, lam=1.0, **options)[0]
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """vs = V + D with rho = min(rho_clip, ratio), c = min(c_clip, ratio);  advantages rho (r + gamma vs' - V)   (Espeholt et al. 2018)."""
+    dtype = torch.promote_types(compute_dtype(rewards), compute_dtype(values))
+    m = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    ratio = torch.where(m, torch.exp(logprobs.to(dtype) - old_logprobs.to(dtype)), 1.0)
+    rho = ratio.clamp(max=rho_clip)
+    D, A = td_errors(rewards, values, gamma=gamma, lam=lam, rho=rho, c=ratio.clamp(max=c_clip), mask=mask, **options)
+    return rho * A, D + torch.where(m, values.to(dtype), 0.0)
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    baseline: str = "mean",
+    scale: str = "group",
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
+    singleton: str = "zero",
+) -> Tensor:
+    """(r - baseline) / (std + eps) over the scorable (not NaN) rewards of each group, std with Bessel's correction.
+
+    mean: of the group (GRPO);  leave-one-out: of the others (RLOO);  length-weighted: sum l r / sum l, the plain mean where sum l = 0 (OPO).
+    group: std of the group;  batch: of all rewards;  none: no division (Dr. GRPO).  A group of one gives 0, or "raw" its reward.
+    """
+    r = rewards.to(compute_dtype(rewards))
+    ids = group_ids if group_size is None else torch.arange(len(r)) // group_size
+    assert ids is not None
+    scorable = ~r.isnan()
+    out = torch.zeros_like(r)
+    for group in ids.unique():
+        members = (ids == group) & scorable
+        x, n = r[members], int(members.sum())
+        if n < 2:
+            out[members] = x if singleton == "raw" else torch.zeros_like(x)
+            continue
+        if baseline == "leave-one-out":
+            b = (x.sum() - x) / (n - 1)
+        elif baseline == "length-weighted" and lengths[members].sum() > 0:  # type: ignore[index]
+            b = (lengths[members] * x).sum() / lengths[members].sum()  # type: ignore[index]
+        else:
+            b = x.mean()
+        std = {"group": x, "batch": r[scorable]}[scale].std() + eps if scale != "none" else 1.0
+        out[members] = (x - b) / std
+    return out
+
+
+def whiten(
+    x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8, unbiased: bool = True, shift_mean: bool = True, eps_outside: bool = False
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the mask, or / (std + eps); plus the mean again unless shift_mean.  0 at masked positions."""
+    m = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    x = torch.where(m, x.to(compute_dtype(x)), 0.0)
+    n = m.sum()
+    mean = x.sum() / n.clamp(min=1)
+    var = (torch.where(m, x - mean, 0.0) ** 2).sum() / (n - int(unbiased)).clamp(min=1)
+    white = (x - mean) / (var.sqrt() + eps if eps_outside else (var + eps).sqrt())
+    return torch.where(m, white if shift_mean else white + mean, 0.0)

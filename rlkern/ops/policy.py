@@ -57,8 +57,8 @@ def needs_statistics(config: PolicyLossConfig) -> bool:
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
 
-# Four elements a thread: the dozen vector accumulators stay in registers.
-BLOCK, WARPS = 1024, 8
+# Two elements a thread: the dozen vector accumulators stay in registers.
+BLOCK, WARPS = 512, 8
 
 
 def _triton_path(
@@ -83,7 +83,8 @@ def _triton_path(
             t = t.reshape(-1, time)
         return tokens.Rows(t, t.stride(0), t.stride(1))
 
-    tile = time if config.needs_sequences else BLOCK
+    # Whole sequences, or tiles that are few enough for one program to add up what they found.
+    tile = time if config.needs_sequences else BLOCK * -(-x.logprobs.numel() // (BLOCK * 4096))
     tiles = -(-time // tile)
     programs = x.cu_seqlens.shape[0] - 1 if packed and x.cu_seqlens is not None else x.logprobs.numel() // time * tiles
     surrogate = surrogate_of(config)
@@ -276,7 +277,7 @@ def policy_loss_op(
     run = _triton_path if backend == "triton" else _torch_path
     run(
         x,
-        PolicyLossConfig.from_json(config),
+        PolicyLossConfig.from_text(config),
         loss,
         results,
         grad_logprobs if with_logprobs_gradient else None,
@@ -325,5 +326,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 def policy_loss(x: Tokens, config: PolicyLossConfig, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics); differentiable in ``x.logprobs`` and ``x.entropy``. Arguments are checked by the caller."""
-    loss, results = _PolicyLoss.apply(config.json, backend, *x)
+    # Detached, the constants are also distinct tensors where one serves twice (old as sampling log-probs), which torch.compile insists on.
+    constants = {name: t.detach() for name, t in x._asdict().items() if t is not None and name not in ("logprobs", "entropy")}
+    loss, results = _PolicyLoss.apply(config.text, backend, *x._replace(**constants))
     return loss, dict(zip(METRICS, results[2:].unbind(), strict=True))
