@@ -1,7 +1,8 @@
 """rlkern: fused GPU kernels for reinforcement-learning post-training of language models, as plain functions on tensors."""
 
 from .config import PolicyLossConfig
-from .logprobs import token_logprobs
+from .fused import fused_linear_policy_loss, fused_policy_loss
+from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
 
 __version__ = "0.1.0"
@@ -10,9 +11,12 @@ __all__ = [
     "LossOutput",
     "PolicyLossConfig",
     "__version__",
+    "fused_linear_policy_loss",
+    "fused_policy_loss",
     "importance_ratio",
     "importance_weights",
     "kl_penalty",
+    "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
 ]

@@ -2,13 +2,133 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
-from ._checks import FLOATS, INTS, check_number, check_tensor
+from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
+from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs
+
+
+def check_logits(logits: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[torch.Size, torch.device]:
+    """Check logits, ids and mask; gives S and the device."""
+    check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
+    shape, device = logits.shape[:-1], logits.device
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+    _check_ids(ids, mask, shape, device)
+    return shape, device
+
+
+def _check_ids(ids: Tensor, mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
+    check_tensor("ids", ids, shape=shape, dtypes=INTS, device=device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=shape, device=device)
+
+
+def check_scaling(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, shape: torch.Size, device: torch.device
+) -> tuple[Tensor | None, float, float | None]:
+    """Check what is done to logits before the softmax; gives (temperature per token, logit_scale / T or without that T, soft-cap)."""
+    cap = None if softcap is None else check_number("softcap", softcap, above=0)
+    scale = check_number("logit_scale", logit_scale, above=0)
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, shape=shape, dtypes=FLOATS, device=device)
+        return temperature.detach(), scale, cap
+    return None, scale / check_number("temperature", temperature, above=0), cap
+
+
+def check_writable(option: str, logits: Tensor) -> None:
+    """Check that a gradient can be written over ``logits``."""
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"{option} needs logits whose elements do not share memory, got strides {logits.stride()}")
+
+
+class LinearInputs(NamedTuple):
+    """Checked arguments of a function from hidden states, the per-token ones flattened to ``[N]``."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    rows: Tensor | None
+    scale: float
+    cap: float | None
+    logits_dtype: torch.dtype
+    chunk: int
+    compact: bool
+    validate: bool
+    backend: str
+
+    def needs_grad(self) -> tuple[bool, bool, bool]:
+        """Whether hidden, weight and bias take gradients."""
+        x = (self.hidden, self.weight, self.bias)
+        hidden, weight, bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in x)
+        return hidden, weight, bias
+
+
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    rows: Tensor | None,
+    compact: bool | None,
+    validate: bool | None,
+    backend: str | None,
+) -> LinearInputs:
+    """Check the arguments that functions from hidden states share."""
+    check_tensor("hidden", hidden, min_dim=2, dtypes=FLOATS)
+    shape, device, width = hidden.shape[:-1], hidden.device, hidden.shape[-1]
+    check_tensor("weight", weight, dtypes=FLOATS, device=device)
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0 or width == 0:
+        raise ValueError(f"weight must have shape [V, {width}] for hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, shape=weight.shape[:1], dtypes=FLOATS, device=device)
+    _check_ids(ids, mask, shape, device)
+    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if logits_dtype is not None:
+        if logits_dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+            raise ValueError(f"logits_dtype must be None, {dtype} (as hidden and weight) or torch.float32; got {logits_dtype}")
+        dtype = logits_dtype
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes must be a positive number of bytes, got {chunk_bytes!r}")
+    must_validate = choose_validate(validate, hidden)
+    if rows is not None:
+        check_tensor("rows", rows, dtypes=INTS, device=device)
+        if rows.dim() != 1:
+            raise ValueError(f"rows must be 1-D positions in the flattened ids, got shape {tuple(rows.shape)}")
+        if must_validate and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < ids.numel() and rows.unique().numel() == rows.numel()):
+            raise ValueError(f"rows must be different positions in [0, {ids.numel()}), got {rows.tolist() if rows.numel() < 20 else rows}")
+    return LinearInputs(
+        hidden.reshape(-1, width),
+        weight,
+        bias,
+        ids.flatten(),
+        None if mask is None else mask.flatten(),
+        None if per_token is None else per_token.flatten(),
+        None if rows is None else rows.long(),
+        scale,
+        cap,
+        dtype,
+        chunk_rows(weight.shape[0], dtype, device, chunk_bytes),
+        device.type == "cpu" if compact is None else compact,
+        must_validate,
+        choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES),
+    )
 
 
 @overload
@@ -85,25 +205,90 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range, and, when validating, for an id outside ``[0, V)``.
     """
-    check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    shape, device = logits.shape[:-1], logits.device
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    check_tensor("ids", ids, shape=shape, dtypes=INTS, device=device)
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape, device=device)
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, shape=shape, dtypes=FLOATS, device=device)
-        per_token: Tensor | None = temperature.detach()
-        scale = check_number("logit_scale", logit_scale, above=0)
-    else:
-        per_token = None
-        scale = check_number("logit_scale", logit_scale, above=0) / check_number("temperature", temperature, above=0)
-    cap = None if softcap is None else check_number("softcap", softcap, above=0)
-    if inplace_backward and any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"inplace_backward=True needs logits whose elements do not share memory, got strides {logits.stride()}")
+    shape, device = check_logits(logits, ids, mask)
+    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+    if inplace_backward:
+        check_writable("inplace_backward=True", logits)
     backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
     logprob, entropy = TokenLogprobs.apply(
         logits, ids, mask, per_token, scale, cap, with_entropy, inplace_backward, choose_validate(validate, logits), backend
     )
     return (logprob, entropy) if with_entropy else logprob
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    with_entropy: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    rows: Tensor | None = None,
+    compact: bool | None = None,
+    mode: Literal["recompute", "frozen-head"] | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` of ``logits = hidden @ weight.T + bias``, of which only a chunk of rows exists at a time.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``, through both results, once. What the backward does depends on who takes gradients:
+
+    - nobody (or under no_grad): one product with the head in all, and no memory beyond a chunk;
+    - ``hidden`` alone, a frozen head as in LoRA: the forward keeps ``J = d logprob / d hidden`` (as large as ``hidden``), and the backward only
+      scales its rows, whatever the loss; where a gradient comes through the entropy too, that part is recomputed;
+    - the head too: the backward makes the logits again, chunk by chunk, and adds up d weight in float32.
+
+    Args:
+        hidden: ``S + [H]``; float16, bfloat16, float32, or float64 (torch backend).
+        weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
+        ids, mask, temperature, softcap, logit_scale, with_entropy, validate, backend: as in :func:`token_logprobs`.
+        bias: ``[V]``.
+        logits_dtype: dtype of the logits of a chunk: that of the product (default), or float32, for products of bfloat16 that are not rounded.
+        chunk_bytes: memory for the logits of a chunk. Default: 64 MiB on a CPU, 1 GiB on a GPU.
+        rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, where the caller knows them; others count as masked.
+        compact: leave masked rows out of the products, by counting them (on a GPU: one synchronisation). Default: on the CPU.
+        mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.
+
+    Returns:
+        As :func:`token_logprobs`: shape ``S``, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for arguments of another type, dtype, shape, device or range, and, when validating, for an id outside ``[0, V)``.
+    """
+    inputs = check_linear(
+        hidden,
+        weight,
+        ids,
+        bias=bias,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
+        chunk_bytes=chunk_bytes,
+        rows=rows,
+        compact=compact,
+        validate=validate,
+        backend=backend,
+    )
+    logprob, entropy = linear_logprobs(inputs, with_entropy, mode)
+    return (logprob.view(ids.shape), entropy.view(ids.shape)) if with_entropy else logprob.view(ids.shape)
+
+
+def linear_logprobs(x: LinearInputs, with_entropy: bool, mode: str | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy ``[N]`` (empty if not wanted) of checked inputs."""
+    needs_hidden, needs_weight, needs_bias = x.needs_grad()
+    if mode is not None:
+        check_choice("mode", mode, ("recompute", "frozen-head"))
+    if mode == "frozen-head" and (needs_weight or needs_bias):
+        raise ValueError("mode='frozen-head' needs weight and bias that take no gradient; here they require one")
+    frozen = needs_hidden and not needs_weight and not needs_bias and mode != "recompute"
+    *tensors, scale, cap, logits_dtype, chunk, compact, validate, backend = x
+    logprob, entropy = LinearLogprobs.apply(*tensors, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend)
+    return logprob, entropy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,6 +311,53 @@ def _torch_backward(
         dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
 
 
+# ---- either ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def forward_into(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    out: tuple[Tensor, ...],
+    backend: str,
+) -> None:
+    """Fill ``out``: (logprob, entropy or an empty tensor, row maximum, log2 of the sum relative to it), each contiguous and of the shape of ``ids``."""
+    if ids.numel():
+        forward = _triton_forward if backend == "triton" else _torch_forward
+        forward(logits, ids, mask, temperature, scale, cap, out)
+
+
+def gradient_into(
+    out: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    backend: str,
+) -> None:
+    """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is dead or has no upstream gradient."""
+    if out.numel():
+        backward = _triton_backward if backend == "triton" else _torch_backward
+        backward(grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, out)
+
+
+def empty_statistics(like: Tensor, shape: Sequence[int], with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unfilled (logprob, entropy, row maximum, log2 of the sum); entropy is empty unless asked for."""
+    dtype = state_dtype(like)
+    logprob, row_max, log2_sum = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(3))
+    return logprob, torch.empty(shape if with_entropy else (0,), dtype=dtype, device=like.device), row_max, log2_sum
+
+
 # ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
 
 
@@ -329,18 +376,9 @@ def token_logprobs_op(
     """(logprob, entropy, row maximum, log2 of the sum relative to it), each of the shape of ``ids``; entropy is empty unless asked for."""
     if validate:
         check_ids(ids, mask, logits.shape[-1])
-    out = _empty_statistics(logits, ids, with_entropy)
-    if ids.numel():
-        forward = _triton_forward if backend == "triton" else _torch_forward
-        forward(logits, ids, mask, temperature, scale, cap, out)
+    out = empty_statistics(logits, ids.shape, with_entropy)
+    forward_into(logits, ids, mask, temperature, scale, cap, out, backend)
     return out
-
-
-def _empty_statistics(logits: Tensor, ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = state_dtype(logits)
-    logprob, row_max, log2_sum = (torch.empty(ids.shape, dtype=dtype, device=ids.device) for _ in range(3))
-    entropy = torch.empty(ids.shape if with_entropy else (0,), dtype=dtype, device=ids.device)
-    return logprob, entropy, row_max, log2_sum
 
 
 @token_logprobs_op.register_fake
@@ -355,13 +393,7 @@ def _(
     validate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_statistics(logits, ids, with_entropy)
-
-
-def _backward_into(out: Tensor, backend: str, *args: Any) -> None:
-    if out.numel():
-        backward = _triton_backward if backend == "triton" else _torch_backward
-        backward(*args, out)
+    return empty_statistics(logits, ids.shape, with_entropy)
 
 
 @torch.library.custom_op("rlkern::token_logprobs_backward", mutates_args=())
@@ -381,7 +413,7 @@ def token_logprobs_backward_op(
 ) -> Tensor:
     """d loss / d logits in a new tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(out, backend, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum)
+    gradient_into(out, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, backend)
     return out
 
 
@@ -419,7 +451,7 @@ def token_logprobs_backward_inplace_op(
     backend: str,
 ) -> None:
     """d loss / d logits, written over ``logits``."""
-    _backward_into(logits, backend, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum)
+    gradient_into(logits, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, backend)
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -1,0 +1,174 @@
+"""A token-level policy loss and its gradients from logits in one go; and what it shares with the loss from hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..config import PolicyLossConfig
+from .logits import as_rows, check_ids, empty_statistics, forward_into, gradient_into, locate
+from .policy import Tokens, policy_loss_op
+
+
+class PolicyRows(NamedTuple):
+    """What a token-level objective reads of each row, all ``[N]``."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    sampling_logprobs: Tensor | None
+    entropy_mask: Tensor | None
+
+    def of(self, index: slice | Tensor | None) -> PolicyRows:
+        """Those of some rows."""
+        return self if index is None else PolicyRows._make(None if x is None else x[index] for x in self)
+
+    def slope(self, logprobs: Tensor, mask: Tensor, config: str, backend: str) -> Tensor:
+        """d (per-token loss) / d logprob."""
+        tokens = Tokens(logprobs, self.old_logprobs, self.advantages, mask, self.ref_logprobs, None, *self[3:], None, None)
+        return policy_loss_op(*tokens, True, False, config, backend)[2]
+
+
+def per_token_config(config: PolicyLossConfig) -> PolicyLossConfig:
+    """The objective of a token by itself: no weight of aggregation, no entropy bonus."""
+    return replace(config, aggregation="sum", entropy_coef=0.0, entropy_aggregation=None)
+
+
+# Rows of logits between whose two passes the cache is kept, on a CPU.
+CHUNK_ROWS = 256
+
+
+def _policy_gradients(
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    terms: PolicyRows,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(logprob, entropy), and d loss / d logits in ``out``, which may be ``logits``."""
+    if validate:
+        check_ids(ids, live, logits.shape[-1])
+    statistics = empty_statistics(logits, ids.shape, with_entropy)
+    x, dx = as_rows(logits), as_rows(out)
+    for start in range(0, ids.numel(), CHUNK_ROWS):
+        at = slice(start, start + CHUNK_ROWS)
+        here = (ids[at], live[at], None if temperature is None else temperature[at], scale, cap)
+        stored = tuple(t[at] if t.numel() else t for t in statistics)
+        chunk, place = x[locate(x, at)], dx[locate(dx, at)]  # views where the rows are evenly spaced, else copies
+        forward_into(chunk, *here, stored, backend)
+        a = terms.of(at).slope(stored[0], live[at], config, backend).mul_(loss_weights[at])
+        gradient_into(place, a, None if entropy_weights is None else entropy_weights[at], chunk, *here, *stored[1:], backend)
+        if dx.shape[0] > 1:
+            dx[locate(dx, at)] = place
+    return statistics[0], statistics[1]
+
+
+@torch.library.custom_op("rlkern::policy_gradients", mutates_args=())
+def policy_gradients_op(
+    logits: Tensor,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob, entropy, d loss / d logits) for  loss = sum loss_weights * per-token loss + sum entropy_weights * entropy.
+
+    ``logits`` has N rows in any shape, the rest are ``[N]``; ``live`` is the whole mask; ``config`` a per-token one.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    terms = PolicyRows(old_logprobs, advantages, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask)
+    options = (loss_weights, entropy_weights, config, scale, cap, with_entropy, validate, backend)
+    return *_policy_gradients(out, logits, ids, live, temperature, terms, *options), out
+
+
+@policy_gradients_op.register_fake
+def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *empty_statistics(logits, ids.shape, args[-3])[:2], torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rlkern::policy_gradients_", mutates_args=("logits",))
+def policy_gradients_inplace_op(
+    logits: Tensor,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The same with d loss / d logits written over ``logits``."""
+    terms = PolicyRows(old_logprobs, advantages, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask)
+    options = (loss_weights, entropy_weights, config, scale, cap, with_entropy, validate, backend)
+    return _policy_gradients(logits, logits, ids, live, temperature, terms, *options)
+
+
+@policy_gradients_inplace_op.register_fake
+def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    logprob, entropy, _, _ = empty_statistics(logits, ids.shape, args[-3])
+    return logprob, entropy
+
+
+class GradientsInForward(torch.autograd.Function):
+    """A loss whose gradients were made with it: the backward multiplies them, in place, by the upstream gradient, without asking whether it is 1.
+
+    ``apply(loss, *gradients, *inputs)``: as many gradients as inputs, in the same order; None, or empty, where an input takes none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *gradients_and_inputs: Tensor | None) -> Tensor:
+        half = len(gradients_and_inputs) // 2
+        ctx.save_for_backward(*gradients_and_inputs[:half])
+        ctx.dtypes = [None if x is None else x.dtype for x in gradients_and_inputs[half:]]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        scaled: list[Tensor | None] = []
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[1 + len(gradients) :], strict=True):
+            if gradient is None or not needed:
+                scaled.append(None)
+            elif gradient.dtype == dtype:
+                scaled.append(gradient.mul_(grad_loss.to(dtype)))
+            else:  # kept in float32, rounded once
+                scaled.append(torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype)))
+        return None, *(None for _ in gradients), *scaled

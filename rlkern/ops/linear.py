@@ -1,0 +1,506 @@
+"""From hidden states and the head to log-probs, losses and gradients, with logits for a chunk of rows at a time in one reused buffer.
+
+What is multiplied, in units of 2 x rows x hidden x vocabulary operations:
+
+    no gradient wanted     1   statistics only
+    frozen head            2   the forward also keeps J = d logprob / d hidden [rows, hidden], the backward is a scaling of its rows
+    token-level loss       3   (2 with a frozen head) the gradients are made in the forward, while the logits are there
+    anything downstream    4   (3 with a frozen head) the backward makes the logits again
+
+Rows that are masked, or have no gradient, can be left out of the products: what ``index`` holds are the rows that take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .fused import PolicyRows
+from .logits import check_ids, empty_statistics, forward_into, gradient_into, live_rows
+
+# ---- products -------------------------------------------------------------------------------------------------------------------------------
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+    """Rows of logits that are alive at once. By default 64 MiB of them on a CPU, 1 GiB on a GPU, where larger products are faster."""
+    row = vocabulary * dtype.itemsize
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // row)
+    if device.type == "cpu":
+        return min(512, max(64, (64 << 20) // row))
+    return min(4096, max(512, (1 << 30) // row // 128 * 128))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b; a and b of one dtype, ``out`` of that or float32, without a rounding in between."""
+    beta = 1 if accumulate else 0  # with 0, what ``out`` held is not read
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+@dataclass
+class Head:
+    """logits = hidden @ weight.T + bias for the rows in ``index`` (None: all), a chunk at a time."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logits_dtype: torch.dtype
+    chunk: int
+    index: Tensor | None
+
+    rows: int = field(init=False)
+    size: int = field(init=False)
+    operand: torch.dtype = field(init=False)
+    buffer: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.hidden.shape[0] if self.index is None else self.index.numel()
+        self.size = max(1, min(self.chunk, self.rows))
+        self.operand = torch.promote_types(self.hidden.dtype, self.weight.dtype)
+        if self.hidden.device.type == "cpu" and self.logits_dtype != self.operand:
+            self.operand = self.logits_dtype  # a CPU has no products of mixed precision
+        self.weight = self.weight.to(self.operand)
+        self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the rows that take part."""
+        for start in range(0, self.rows, self.size):
+            yield slice(start, min(start + self.size, self.rows))
+
+    def where(self, rows: slice) -> slice | Tensor:
+        """Which rows of ``hidden`` these are."""
+        return rows if self.index is None else self.index[rows]
+
+    def forward(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Their hidden states and their logits; the latter are overwritten by the next chunk."""
+        h = self.hidden[self.where(rows)].to(self.operand)
+        logits = self.buffer[: h.shape[0]]
+        if self.bias is not None and self.operand == self.logits_dtype:
+            torch.addmm(self.bias.to(self.operand), h, self.weight.t(), out=logits)
+        else:
+            product(h, self.weight.t(), logits)
+            if self.bias is not None:
+                logits.add_(self.bias)
+        return h, logits
+
+
+class Gradients:
+    """d loss / d hidden, weight and bias, gathered chunk by chunk; those of weight and bias in float32 at least."""
+
+    def __init__(self, head: Head, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
+        self.head = head
+        hidden, weight, dtype = head.hidden, head.weight, torch.promote_types(head.operand, torch.float32)
+        self.hidden = (torch.empty if head.index is None else torch.zeros)(
+            hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device
+        )
+        self.weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=dtype, device=weight.device)
+        self.started = False
+
+    def add(self, where: slice | Tensor, h: Tensor, grad_logits: Tensor) -> None:
+        """Take in the rows ``where`` of hidden, given their hidden states and d loss / d logits."""
+        grad = grad_logits.to(self.head.operand)
+        if self.hidden.numel():
+            if isinstance(where, slice) and self.hidden.dtype == self.head.operand:
+                product(grad, self.head.weight, self.hidden[where])
+            else:
+                self.hidden[where] = (grad @ self.head.weight).to(self.hidden.dtype)
+        if self.weight.numel():
+            product(grad.t(), h, self.weight, accumulate=self.started)
+        if self.bias.numel():
+            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
+        self.started = True
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three, empty where not wanted; zero where nothing was added."""
+        if not self.started:
+            self.hidden.zero_()
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+# ---- rows that take part --------------------------------------------------------------------------------------------------------------------
+
+
+def taking_part(live: Tensor, rows: Tensor | None, compact: bool) -> Tensor | None:
+    """Positions to compute: ``rows`` where the caller knows them, of these the live ones where ``compact`` (which counts them: a synchronisation on a
+    GPU); None for all."""
+    if rows is not None:
+        return rows[live[rows]] if compact else rows
+    if not compact or bool(live.all()):
+        return None
+    return live.nonzero().squeeze(1)
+
+
+def pick(x: Tensor, index: Tensor | None) -> Tensor:
+    """The rows of ``x`` that take part."""
+    return x if index is None else x[index]
+
+
+def pick_optional(x: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return None if x is None else pick(x, index)
+
+
+def spread(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    """Back to all ``rows``, 0 where they did not take part."""
+    return x if index is None else x.new_zeros(rows).index_copy_(0, index, x)
+
+
+def spread_all(out: tuple[Tensor, ...], index: Tensor | None, rows: int, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics back to all rows."""
+    logprob, entropy, row_max, log2_sum = out
+    logprob, row_max, log2_sum = (spread(x, index, rows) for x in (logprob, row_max, log2_sum))
+    return logprob, spread(entropy, index, rows) if with_entropy else entropy, row_max, log2_sum
+
+
+@dataclass
+class Rows:
+    """Per-row arguments of the statistics, for the rows that take part."""
+
+    ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    scale: float
+    cap: float | None
+    backend: str
+
+    @classmethod
+    def of(
+        cls, index: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, backend: str
+    ) -> Rows:
+        return cls(pick(ids, index), pick_optional(mask, index), pick_optional(temperature, index), scale, cap, backend)
+
+    def __getitem__(self, rows: slice | Tensor) -> Rows:
+        mask, temperature = (None if x is None else x[rows] for x in (self.mask, self.temperature))
+        return replace(self, ids=self.ids[rows], mask=mask, temperature=temperature)
+
+    def statistics(self, logits: Tensor, out: tuple[Tensor, ...]) -> None:
+        forward_into(logits, self.ids, self.mask, self.temperature, self.scale, self.cap, out, self.backend)
+
+    def gradient(self, logits: Tensor, a: Tensor, b: Tensor | None, entropy: Tensor, row_max: Tensor, log2_sum: Tensor) -> Tensor:
+        """d loss / d logits, written over the logits."""
+        gradient_into(logits, a, b, logits, self.ids, self.mask, self.temperature, self.scale, self.cap, entropy, row_max, log2_sum, self.backend)
+        return logits
+
+
+def part(out: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
+    """The rows' places in statistics, some of which may be empty."""
+    return tuple(x[rows] if x.numel() else x for x in out)
+
+
+# ---- log-probs ------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlkern::linear_logprobs", mutates_args=())
+def linear_logprobs_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    with_entropy: bool,
+    with_jacobian: bool,
+    compact: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, row maximum, log2 of the sum, J = d logprob / d hidden) of ``hidden [N, H]`` and ``ids [N]``; empty where not wanted."""
+    if validate:
+        check_ids(ids, mask, weight.shape[0])
+    index = taking_part(live_rows(ids, mask), rows, compact)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
+    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
+    jacobian = Gradients(head, with_jacobian, False, False)
+    ones = torch.ones_like(out[0])
+    for at in head.chunks():
+        h, logits = head.forward(at)
+        logprob, entropy, row_max, log2_sum = part(out, at)
+        per_row[at].statistics(logits, (logprob, entropy, row_max, log2_sum))
+        if with_jacobian:
+            jacobian.add(head.where(at), h, per_row[at].gradient(logits, ones[at], None, entropy, row_max, log2_sum))
+    return *spread_all(out, index, ids.numel(), with_entropy), jacobian.results()[0]
+
+
+@linear_logprobs_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    with_entropy: bool,
+    with_jacobian: bool,
+    compact: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty(0, dtype=logits_dtype, device=hidden.device)
+    return *empty_statistics(like, ids.shape, with_entropy), hidden.new_empty(hidden.shape if with_jacobian else (0,))
+
+
+@torch.library.custom_op("rlkern::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward_op(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    compact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d (hidden, weight, bias) by making the logits again; empty where not needed, those of weight and bias in float32 at least."""
+    live = live_rows(ids, mask) & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
+    index = taking_part(live, rows, compact)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
+    a, b = pick(grad_logprob, index), pick_optional(grad_entropy, index)
+    saved = (pick(entropy, index) if entropy.numel() else entropy, pick(row_max, index), pick(log2_sum, index))
+    gradients = Gradients(head, needs_hidden, needs_weight, needs_bias)
+    for at in head.chunks():
+        h, logits = head.forward(at)
+        gradients.add(head.where(at), h, per_row[at].gradient(logits, a[at], None if b is None else b[at], *part(saved, at)))
+    return gradients.results()
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, needs_hidden: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
+    )
+
+
+@linear_logprobs_backward_op.register_fake
+def _(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    compact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """Differentiable in hidden, weight and bias, through log-prob and entropy. ``frozen``: J is kept, and nothing recomputed for the log-prob."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        rows: Tensor | None,
+        scale: float,
+        cap: float | None,
+        logits_dtype: torch.dtype,
+        chunk: int,
+        with_entropy: bool,
+        frozen: bool,
+        compact: bool,
+        validate: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        logprob, entropy, row_max, log2_sum, jacobian = linear_logprobs_op(
+            hidden, weight, bias, ids, mask, temperature, rows, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend
+        )
+        recomputes = with_entropy or not frozen
+        ctx.save_for_backward(
+            *((hidden, weight, bias) if recomputes else (None,) * 3), ids, mask, temperature, rows, entropy, row_max, log2_sum, jacobian
+        )
+        ctx.frozen = frozen
+        ctx.options = (scale, cap, logits_dtype, chunk)
+        ctx.compact, ctx.backend = compact, backend
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ids, mask, temperature, rows, entropy, row_max, log2_sum, jacobian = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if entropy.numel() == 0:
+            grad_entropy = None
+        grads: list[Tensor | None] = [None] * 16
+        if ctx.frozen and grad_logprob is not None:
+            upstream = torch.where(live_rows(ids, mask), grad_logprob, 0.0).unsqueeze(1)
+            grads[0] = (upstream * jacobian).to(jacobian.dtype)
+            grad_logprob = None
+        if grad_logprob is None and grad_entropy is None:
+            return tuple(grads)
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(row_max)
+        dh, dw, db = linear_logprobs_backward_op(
+            grad_logprob, grad_entropy, hidden, weight, bias, ids, mask, temperature, rows, entropy, row_max, log2_sum, *ctx.options, *needs,
+            ctx.compact, ctx.backend,
+        )  # fmt: skip
+        if needs[0]:
+            grads[0] = dh if grads[0] is None else grads[0] + dh
+        if needs[1]:
+            grads[1] = dw.to(ctx.dtypes[0])
+        if needs[2]:
+            grads[2] = db.to(ctx.dtypes[1])
+        return tuple(grads)
+
+
+# ---- token-level policy losses --------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlkern::linear_policy_gradients", mutates_args=())
+def linear_policy_gradients_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    with_entropy: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    compact: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, and d loss / d (hidden, weight, bias)) for  loss = sum loss_weights * per-token loss + sum entropy_weights * entropy.
+
+    ``live`` is the whole mask; ``config`` a per-token one.
+    """
+    if validate:
+        check_ids(ids, live, weight.shape[0])
+    index = taking_part(live, rows, compact)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    per_row = Rows.of(index, ids, live, temperature, scale, cap, backend)
+    terms = PolicyRows(old_logprobs, advantages, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask).of(index)
+    weights, bonuses = pick(loss_weights, index), pick_optional(entropy_weights, index)
+    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
+    gradients = Gradients(head, needs_hidden, needs_weight, needs_bias)
+    for at in head.chunks():
+        h, logits = head.forward(at)
+        here, statistics = per_row[at], part(out, at)
+        here.statistics(logits, statistics)
+        a = terms.of(at).slope(statistics[0], pick(live, index)[at], config, backend).mul_(weights[at])
+        b = None if bonuses is None else bonuses[at]
+        where = head.where(at)
+        if compact:  # rows without a gradient, clipped ones say, are left out of the products
+            moving = a != 0 if b is None else (a != 0) | (b != 0)
+            if not bool(moving.all()):
+                chosen = moving.nonzero().squeeze(1)
+                where = chosen + at.start if isinstance(where, slice) else where[chosen]
+                h, logits, here, a, b = h[chosen], logits[chosen], here[chosen], a[chosen], pick_optional(b, chosen)
+                statistics = tuple(x[chosen] if x.numel() else x for x in statistics)
+        if a.numel():
+            gradients.add(where, h, here.gradient(logits, a, b, *statistics[1:]))
+    logprob, entropy, _, _ = spread_all(out, index, ids.numel(), with_entropy)
+    return logprob, entropy, *gradients.results()
+
+
+@linear_policy_gradients_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    entropy_mask: Tensor | None,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    with_entropy: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    compact: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty(0, dtype=logits_dtype, device=hidden.device)
+    logprob, entropy, _, _ = empty_statistics(like, ids.shape, with_entropy)
+    return logprob, entropy, *_fake_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
