@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest -q bench
+	$(BIN)/python -m pytest -q bench --benchmark-quiet
 
 gpu: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/gpu_check.sh

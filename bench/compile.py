@@ -95,7 +95,7 @@ def record(launches: Mapping[str, Callable[[], Any]], target: str) -> list[Speci
     run = JITFunction.run
 
     def run_recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        current["shapes"] = tuple(tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        current["shapes"] = tuple(_shapes((args, tuple(kwargs.values()))))
         return run(self, *args, **kwargs)
 
     def compile_recorded(self: Any, key: Any, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: bool) -> None:
@@ -107,6 +107,15 @@ def record(launches: Mapping[str, Callable[[], Any]], target: str) -> list[Speci
         for current["launch"], launch in launches.items():
             launch()
     return list(found.values())
+
+
+def _shapes(arguments: Any) -> Iterator[tuple[int, ...]]:
+    """Of the tensors among a kernel's arguments, and in the tuples among them."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield tuple(argument.shape)
+        elif isinstance(argument, tuple):
+            yield from _shapes(argument)
 
 
 @contextlib.contextmanager

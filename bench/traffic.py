@@ -5,8 +5,8 @@
     moved["logprobs_kernel"].loaded, moved["logprobs_kernel"].stored, moved["logprobs_kernel"].launches
     moved.of(logits).loaded / (logits.numel() * logits.element_size())       # how often the logits were read
 
-Only lanes whose mask is true count, each with the size of its element. Caches do not exist here: an element loaded twice counts twice, also
-where a GPU would find it in L2 the second time. An atomic counts as a load and a store.
+Only lanes whose mask is true count, each with the size of its element; lanes of one access that share an address count once, as they do on a GPU.
+Caches do not exist here: an element loaded twice counts twice, also where a GPU would find it in L2. An atomic counts as a load and a store.
 """
 
 from __future__ import annotations
@@ -59,12 +59,15 @@ class Traffic(Mapping[str, Moved]):
 
     def _count(self, pointers: Any, mask: Any, *, loaded: bool = False, stored: bool = False) -> None:
         element = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)]
         if addresses.size == 0:
             return
         first, last = int(addresses.min()), int(addresses.max()) + element
+        elements = addresses.size
+        if last - first != elements * element:  # neither one by one nor side by side: lanes may share an address
+            elements = np.unique(addresses).size
         for store in [False] * loaded + [True] * stored:
-            self._accesses.append(_Access(len(self._launches) - 1, store, first, last, addresses.size * element))
+            self._accesses.append(_Access(len(self._launches) - 1, store, first, last, elements * element))
 
     def _sum(self, accesses: list[_Access]) -> Moved:
         return Moved(

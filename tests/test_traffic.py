@@ -1,13 +1,145 @@
 """Bytes moved by each kernel, counted in the interpreter and held to the floor: a second pass over the logits by accident fails here."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from bench.traffic import traffic
+import rlkern as rk
+from bench.traffic import Traffic, traffic
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in Triton's interpreter, which does not run on a GPU machine")
+
+
+def size(*tensors: Tensor) -> int:
+    """Bytes of all elements."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(call: Callable[[], Any]) -> tuple[Traffic, Any]:
+    with traffic() as moved:
+        result = call()
+    return moved, result
+
+
+def assert_at_floor(moved: Traffic, floor: int) -> None:
+    assert floor <= moved.total <= 1.02 * floor, f"{moved.total} bytes moved, the floor is {floor}"
+
+
+# ---- log-probs ------------------------------------------------------------------------------------------------------------------------------
+
+# The second is cut into segments, whose states are merged by a second kernel.
+VOCABULARIES = [6000, 40000]
+
+
+def _logits(vocabulary: int, dtype: torch.dtype = torch.bfloat16, *, rows: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, vocabulary).to(dtype).requires_grad_(), torch.randint(vocabulary, (rows,))
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logprobs_read_the_logits_once(vocabulary, dtype, with_entropy):
+    logits, ids = _logits(vocabulary, dtype)
+    moved, results = measure(lambda: rk.token_logprobs(logits, ids, with_entropy=with_entropy, backend="triton"))
+    assert moved.of(logits).loaded <= size(logits) + size(ids)  # one more for the target
+    saved = 2 * ids.numel() * 4  # maximum and sum of a row, for the backward
+    assert_at_floor(moved, size(logits, ids, *(results if with_entropy else [results])) + saved)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_backward_reads_and_writes_the_logits_once(vocabulary, inplace):
+    logits, ids = _logits(vocabulary)
+    lp, entropy = rk.token_logprobs(logits, ids, with_entropy=True, inplace_backward=inplace, backend="triton")
+    upstream = [torch.randn_like(lp), torch.randn_like(lp)]
+    moved, (gradient,) = measure(lambda: torch.autograd.grad([lp, entropy], logits, upstream))
+    assert (gradient.data_ptr() == logits.data_ptr()) == inplace
+    assert moved.of(logits).loaded == moved.of(gradient).stored == size(logits)
+    assert moved.launches == 1
+    assert_at_floor(moved, 2 * size(logits) + size(ids, lp, entropy, *upstream))
+
+
+def test_rows_that_do_not_count_are_not_read():
+    logits, ids = _logits(6000)
+    ids[1] = -100
+    mask = torch.tensor([1, 1, 0, 1, 1, 1])
+    moved, lp = measure(lambda: rk.token_logprobs(logits, ids, mask=mask, backend="triton"))
+    live = size(logits) * 4 // 6
+    assert live <= moved.of(logits).loaded <= live + 4 * logits.element_size()
+    upstream = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0])  # a row whose gradient is zero is not read either
+    moved, (gradient,) = measure(lambda: torch.autograd.grad(lp, logits, upstream))
+    assert moved.of(logits).loaded == size(logits) * 3 // 6
+    assert moved.of(gradient).stored == size(gradient)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fused_loss_reads_the_logits_twice_and_writes_them_once(inplace):
+    logits, ids = _logits(6000, rows=8)
+    old, advantages = torch.randn(8), torch.randn(8)
+
+    def step() -> Tensor:
+        loss = rk.fused_policy_loss(logits, ids, old, advantages, inplace=inplace, backend="triton").loss
+        return torch.autograd.grad(loss, logits)[0]
+
+    moved, gradient = measure(step)
+    assert moved.of(logits).loaded <= 2 * size(logits) + 8 * logits.element_size()
+    assert moved.of(gradient).stored == size(gradient)
+
+
+# ---- the policy loss on tokens --------------------------------------------------------------------------------------------------------------
+
+
+def _rollouts() -> dict[str, Tensor]:
+    shape = (4, 5000)
+    tokens = {name: -2 * torch.rand(shape) for name in ("logprobs", "old_logprobs", "ref_logprobs")}
+    return tokens | {"advantages": torch.randn(shape), "mask": torch.ones(shape, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("preset", ["ppo", "dapo", "cispo", "sapo"])
+def test_token_level_loss_reads_and_writes_each_tensor_once(preset):
+    inputs = _rollouts()
+    inputs["logprobs"].requires_grad_()
+    config = getattr(rk.PolicyLossConfig, preset)(kl_coef=0.1, aggregation="token-mean")
+    moved, _ = measure(lambda: rk.policy_loss(**inputs, config=config, backend="triton"))
+    assert moved.launches == 1
+    assert_at_floor(moved, size(*inputs.values(), inputs["logprobs"]))
+
+
+def test_masked_tokens_are_not_read():
+    inputs = _rollouts()
+    inputs["mask"][:, 2000:] = False
+    moved, _ = measure(lambda: rk.policy_loss(**inputs, config=rk.PolicyLossConfig.dapo(), backend="triton"))
+    assert moved.of(inputs["logprobs"]).loaded == size(inputs["logprobs"]) * 2 // 5
+
+
+def test_sequence_level_loss_reads_twice():
+    """GSPO needs a sequence's ratio before its losses, and the losses before the gradient of the ratio: the second time from L2."""
+    inputs = _rollouts()
+    inputs["logprobs"].requires_grad_()
+    moved, _ = measure(lambda: rk.policy_loss(**inputs, config=rk.PolicyLossConfig.gspo(), backend="triton"))
+    assert moved.launches == 1
+    for name in ("logprobs", "old_logprobs"):
+        assert moved.of(inputs[name]).loaded == 2 * size(inputs[name])
+    assert moved.of(inputs["advantages"]).loaded == size(inputs["advantages"])
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [7, 500, 5000])
+def test_gae_moves_sixteen_bytes_an_element(steps):
+    rewards, values = torch.randn(2, 9, steps)
+    moved, results = measure(lambda: rk.gae(rewards, values, gamma=0.99, lam=0.95, backend="triton"))
+    assert moved.launches == 1
+    assert_at_floor(moved, size(rewards, values, *results))
+
+
+# ---- the counter itself ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -20,6 +152,12 @@ def _copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 def _count_kernel(x_ptr, sum_ptr, flag_ptr):
     tl.atomic_add(sum_ptr, tl.load(x_ptr + tl.program_id(0)))
     tl.atomic_cas(flag_ptr, 0, 1)
+
+
+@triton.jit
+def _broadcast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at // 4))
 
 
 def test_counts_unmasked_lanes_by_element_size():
@@ -44,6 +182,13 @@ def test_counts_atomics_and_launches():
     assert (moved["_count_kernel"].loaded, moved["_count_kernel"].stored, moved["_count_kernel"].launches) == (6 * 12, 6 * 8, 2)
     with pytest.raises(KeyError, match="_copy_kernel was not launched"):
         moved["_copy_kernel"]
+
+
+def test_lanes_that_share_an_address_count_once():
+    x, y = torch.ones(4), torch.empty(16)
+    with traffic() as moved:
+        _broadcast_kernel[(1,)](x, y, BLOCK=16)
+    assert (moved.loaded, moved.stored) == (16, 64)
 
 
 def test_stops_counting_afterwards():

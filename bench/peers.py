@@ -1,0 +1,98 @@
+"""What a user would write without rlkern, and other libraries' functions where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import DEVICE
+
+
+def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """The textbook: the whole log-softmax, of which one number a row is kept."""
+    return F.log_softmax(logits, dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def gather_logprobs_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = F.log_softmax(logits, dim=-1)
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def rowwise_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """As trainers do to spare memory: logsumexp a row at a time, in the logits' dtype below float32."""
+    if logits.dtype in (torch.float32, torch.float64):
+        lse = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+        return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - lse
+    rows = [F.log_softmax(row, dim=-1).gather(-1, i.unsqueeze(-1)).squeeze(-1) for row, i in zip(logits, ids, strict=True)]
+    return torch.stack(rows)
+
+
+def chunked_entropy(logits: Tensor, chunk: int = 128) -> Tensor:
+    """Entropy over chunks of rows."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    parts = []
+    for rows in flat.split(chunk):
+        logprobs = F.log_softmax(rows, dim=-1)
+        parts.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def clipped_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor, clip: float = 0.2, kl_coef: float = 0.04) -> Tensor:
+    """GRPO's loss with k3, averaged over the counted tokens."""
+    ratio = torch.exp(logprobs - old)
+    loss = -torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
+    loss = loss + kl_coef * (torch.exp(ref - logprobs) - (ref - logprobs) - 1)
+    return (loss * mask).sum() / mask.sum()
+
+
+def loop_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The recursion, a step of all sequences at a time."""
+    advantage = torch.zeros_like(rewards[:, 0])
+    following = torch.zeros_like(advantage)
+    steps = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        following = values[:, t]
+        steps.append(advantage)
+    advantages = torch.stack(steps[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile; on a GPU, since a CPU takes most of a minute to compile one of these."""
+    if DEVICE.type != "cuda":
+        raise ImportError("only on a GPU")
+    return torch.compile(function)
+
+
+def trl(name: str) -> Callable[..., Any]:
+    """A function of ``trl.trainer.utils``."""
+    return getattr(importlib.import_module("trl.trainer.utils"), name)
+
+
+def liger_grpo_loss(logits: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
+    """Liger's Triton kernel from logits to the loss; it wants one position more than there are ids, as a model gives them."""
+    if DEVICE.type != "cuda":
+        raise ImportError("only on a GPU")
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    options = {"temperature": 1.0, "beta": 0.04, "eps_low": 0.2, "eps_high": 0.2, "inplace": False, "loss_type": "bnpo", "reduce": True}
+    return triton_grpo_loss(logits, old, ref, ids, advantages, completion_mask=mask, **options)[0]
+
+
+def with_gradient(function: Callable[[], Any], wanted: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """The call to be timed: forward, backward with these upstream gradients, and both results."""
+
+    def call() -> list[Tensor]:
+        results = function()
+        outputs = list(results) if isinstance(results, tuple) else [results]
+        gradients = torch.autograd.grad(outputs, wanted, upstream[: len(outputs)])
+        return [*outputs, *gradients]
+
+    return call
