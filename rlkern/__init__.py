@@ -1,5 +1,6 @@
 """rlkern: fused GPU kernels for reinforcement-learning post-training of language models, as plain functions on tensors."""
 
+from .advantages import discounted_returns, gae, group_advantages, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
 from .fused import fused_linear_policy_loss, fused_policy_loss
 from .logprobs import linear_token_logprobs, token_logprobs
@@ -11,12 +12,18 @@ __all__ = [
     "LossOutput",
     "PolicyLossConfig",
     "__version__",
+    "discounted_returns",
     "fused_linear_policy_loss",
     "fused_policy_loss",
+    "gae",
+    "group_advantages",
     "importance_ratio",
     "importance_weights",
     "kl_penalty",
     "linear_token_logprobs",
     "policy_loss",
+    "td_lambda",
     "token_logprobs",
+    "vtrace",
+    "whiten",
 ]

@@ -1,0 +1,313 @@
+"""Advantages and returns: recursions over time (GAE and its relatives), baselines over groups, whitening. All are data: no gradient flows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._backend import choose_backend, choose_validate
+from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number, check_tensor, state_dtype
+from .ops import groups, scan
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None = None,
+    masked: str = "skip",
+    last_values: Tensor | None = None,
+    next_values: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns (Schulman et al. 2016, arXiv:1506.02438, eq. 16), by a parallel scan::
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        returns = A + V
+
+    A and returns are data: inputs count as constants, and no gradient flows.
+
+    Args:
+        rewards: ``S``, any floating dtype: ``[..., time]``, or ``[tokens]`` packed with ``cu_seqlens``. ``values[t]`` is V before step t and
+            ``rewards[t]`` what that step earned.
+        values: ``S``, any floating dtype.
+        gamma, lam: numbers in [0, 1], or tensors with one for each sequence: ``S[:-1]``, or ``[sequences]`` with ``cu_seqlens``.
+        mask: ``S``, any dtype, non-zero where a step counts. Elsewhere no input is read, flags included, and both results are 0.
+        masked: what a masked step is to the steps before it. "skip": nothing; V and A pass over it, so that the valid steps get what the sequence
+            without the others would. "decay": a step of r = V = 0 without flags, through which A decays by gamma lam and V_{t+1} is 0; padding at the
+            end counts too, so there ``last_values`` lies beyond the padding.
+        last_values: V beyond the end of each sequence, for one that goes on: ``S[:-1]``, or ``[sequences]``. Default 0.
+        next_values: ``S``; V of the observation that step t led to, read where ``truncated`` (and not ``terminated``) alone.
+        terminated: ``S``, any dtype, non-zero where step t ended its episode: V_{t+1} and A_{t+1} count as 0.
+        truncated: ``S``, non-zero where the episode was cut short after step t: A_{t+1} counts as 0, V_{t+1} is ``next_values[t]``, without
+            ``next_values`` the next valid step's V (``last_values`` at the end). A step that is both has terminated.
+        cu_seqlens: ``[sequences + 1]``, int32 or int64: where the packed sequences begin, and the number of tokens. None passes from one to another.
+        validate: check that ``cu_seqlens`` rises from 0 to the number of tokens (one synchronisation on a GPU). Default: on the CPU, or with
+            RLKERN_VALIDATE=1.
+        backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
+
+    Returns:
+        ``(advantages, returns)``, each ``S``; float32 (float64 where rewards or values are).
+
+    Raises:
+        TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
+    """
+    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
+    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend)
+
+
+def td_lambda(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None = None,
+    masked: str = "skip",
+    last_values: Tensor | None = None,
+    next_values: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """TD(lambda) returns (Sutton and Barto 2018, eq. 12.18): the returns of ``gae``, without its advantages. Arguments and errors are those of ``gae``::
+
+    R_t = r_t + gamma ((1 - lam) V_{t+1} + lam R_{t+1})
+    """
+    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
+    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_advantages=False)[1]
+
+
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    gamma: float | Tensor,
+    mask: Tensor | None = None,
+    masked: str = "skip",
+    terminated: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Discounted sums of the rewards to come, ``R_t = r_t + gamma R_{t+1}``, without R_{t+1} where ``terminated``.
+
+    Arguments, dtypes and errors are those of ``gae``.
+    """
+    boundaries = (mask, masked, None, None, terminated, None, cu_seqlens)
+    return _returns(rewards, None, gamma, 1.0, *boundaries, validate, backend, with_advantages=False)[1]
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    mask: Tensor | None = None,
+    masked: str = "skip",
+    last_values: Tensor | None = None,
+    next_values: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """V-trace advantages and value targets for off-policy data (Espeholt et al. 2018, arXiv:1802.01561, eq. 1)::
+
+        ratio = exp(logprobs - old_logprobs)        rho = min(rho_clip, ratio)        c = lam min(c_clip, ratio)
+        targets_t = V_t + rho_t (r_t + gamma V_{t+1} - V_t) + gamma c_t (targets_{t+1} - V_{t+1})
+        advantages_t = rho_t (r_t + gamma ((1 - lam) V_{t+1} + lam targets_{t+1}) - V_t)
+
+    At ratio 1 these are the advantages and returns of ``gae``. Log-probs (nats) are ``S``, of the policy to be improved and of the one that acted;
+    they too count as constants, and are not read at masked steps. ``rho_clip`` and ``c_clip`` are positive; the rest is as for ``gae``.
+
+    Returns:
+        ``(advantages, targets)``, each ``S``; float32 (float64 where rewards or values are).
+    """
+    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
+    policies = (logprobs, old_logprobs, rho_clip, c_clip)
+    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies)
+
+
+def _returns(
+    rewards: Tensor,
+    values: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    masked: str,
+    last_values: Tensor | None,
+    next_values: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    validate: bool | None,
+    backend: str | None,
+    *,
+    policies: tuple[Tensor | None, Tensor | None, float, float] = (None, None, 1.0, 1.0),
+    with_advantages: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Check everything and scan. ``values`` may be None for discounted_returns alone, the log-probs for all but vtrace."""
+    check_tensor("rewards", rewards, min_dim=1, dtypes=FLOATS)
+    logprobs, old_logprobs, rho_clip, c_clip = policies
+    shape, device = rewards.shape, rewards.device
+    floats = {"values": values, "logprobs": logprobs, "old_logprobs": old_logprobs, "next_values": next_values}
+    for name, x in {**floats, "mask": mask, "terminated": terminated, "truncated": truncated}.items():
+        if x is not None:
+            check_tensor(name, x, shape=shape, dtypes=FLOATS if name in floats else None, device=device)
+    check_choice("masked", masked, ("skip", "decay"))
+    sequences: Sequence[int] = shape[:-1]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=False)  # its values are checked in the op
+        if rewards.dim() != 1:
+            raise ValueError(f"rewards must have shape [tokens] with cu_seqlens, got {tuple(shape)}")
+        sequences = (cu_seqlens.numel() - 1,)
+    if last_values is not None:
+        check_tensor("last_values", last_values, shape=sequences, dtypes=FLOATS, device=device)
+    numbers, rows = [], []
+    for name, y in (("gamma", gamma), ("lam", lam)):
+        if isinstance(y, Tensor):
+            check_tensor(name, y, shape=sequences, dtypes=FLOATS, device=device)
+        numbers.append(1.0 if isinstance(y, Tensor) else check_number(name, y, at_least=0, at_most=1))
+        rows.append(y if isinstance(y, Tensor) else None)
+    tensors = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated, last_values, cu_seqlens, *rows)
+    return scan.lambda_returns(
+        *(None if x is None else x.detach() for x in tensors),
+        *numbers,
+        check_number("rho_clip", rho_clip, above=0),
+        check_number("c_clip", c_clip, above=0),
+        masked == "decay",
+        with_advantages,
+        choose_validate(validate, rewards),
+        choose_backend(backend, rewards),
+    )
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    baseline: str = "mean",
+    scale: str = "group",
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
+    singleton: str = "zero",
+    validate: bool | None = None,
+) -> Tensor:
+    """Each reward against those of its group, the samples of one prompt: ``(reward - baseline) / (std + eps)``.
+
+    The defaults are GRPO (Shao et al. 2024, arXiv:2402.03300); ``scale="none"`` is Dr. GRPO (arXiv:2503.20783), ``baseline="leave-one-out"`` RLOO
+    (arXiv:2402.14740), ``"length-weighted"`` OPO (arXiv:2505.23585). Deviations are taken in float64, and are exactly 0 in a group of equal rewards.
+    A NaN reward is one that could not be scored: it is left out of mean and std, and its advantage is 0. The result is data: no gradient flows.
+
+    Args:
+        rewards: ``[N]``, any floating dtype.
+        group_size: the group is each run of so many neighbours; divides N. Either this or ``group_ids``.
+        group_ids: ``[N]``, int32 or int64, any numbers in any order: equal ids are a group, of any size.
+        baseline: "mean" of the group, "leave-one-out" (the mean of the others), or "length-weighted", sum l r / sum l (the mean where sum l = 0).
+        scale: divide by the std of the "group" or of all rewards of the "batch" (both with Bessel's correction, plus ``eps``), or by "none".
+        eps: a number of at least 0.
+        lengths: ``[N]``, number of tokens of each sample; read for "length-weighted" alone.
+        singleton: the advantage in a group with one scorable reward: "zero", or the "raw" reward.
+        validate: warn (UserWarning) of the number of NaN rewards, which is one synchronisation on a GPU. Default: on the CPU, or with
+            RLKERN_VALIDATE=1.
+
+    Returns:
+        ``[N]``, float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
+    """
+    check_tensor("rewards", rewards, dtypes=FLOATS)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have shape [N], got {tuple(rewards.shape)}")
+    if (group_size is None) == (group_ids is None):
+        raise ValueError(f"exactly one of group_size and group_ids must be given, got {'neither' if group_size is None else 'both'}")
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, shape=rewards.shape, dtypes=INTS, device=rewards.device)
+    if group_size is not None:
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+        if group_size < 1 or len(rewards) % group_size:
+            raise ValueError(f"group_size must divide the number of rewards, {len(rewards)}; got {group_size}")
+    check_choice("baseline", baseline, ("mean", "leave-one-out", "length-weighted"))
+    check_choice("scale", scale, ("group", "batch", "none"))
+    check_choice("singleton", singleton, ("zero", "raw"))
+    if baseline == "length-weighted" and lengths is None:
+        raise ValueError("lengths must be given for baseline='length-weighted'")
+    if lengths is not None:
+        check_tensor("lengths", lengths, shape=rewards.shape, dtypes=(*INTS, *FLOATS), device=rewards.device)
+        lengths = lengths.detach()
+    eps = check_number("eps", eps, at_least=0)
+    return groups.group_advantages(
+        rewards.detach(), group_ids, lengths, group_size or 0, baseline, scale, eps, singleton, choose_validate(validate, rewards)
+    )
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    unbiased: bool = True,
+    shift_mean: bool = True,
+    eps_outside: bool = False,
+    process_group: Any = None,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over all positions of the mask; mean and variance in two passes, in float64.
+
+    Args:
+        x: any shape, any floating dtype; a constant, no gradient flows.
+        mask: of the shape of ``x``, any dtype, non-zero where a position counts. Elsewhere ``x`` is not read and the result is 0.
+        eps: a number of at least 0.
+        unbiased: divide the sum of squares by n - 1 (Bessel) rather than n. A single position has variance 0.
+        shift_mean: False adds the mean again after scaling: ``(x - mean) / sqrt(var + eps) + mean``.
+        eps_outside: ``(x - mean) / (std + eps)``.
+        process_group: a ``torch.distributed`` group, such as ``torch.distributed.group.WORLD``, to take mean and variance over the positions of all
+            its ranks, which must all call: two all-reduces, of two numbers and of one. None: this process alone.
+
+    Returns:
+        The shape of ``x``, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
+    """
+    check_tensor("x", x, dtypes=FLOATS)
+    if mask is not None:
+        check_tensor("mask", mask, shape=x.shape, device=x.device)
+    eps = check_number("eps", eps, at_least=0)
+    valid = None if mask is None else mask != 0
+
+    def keep(y: Tensor) -> Tensor:
+        return y if valid is None else torch.where(valid, y, 0.0)
+
+    def over_ranks(sums: Tensor) -> Tensor:
+        if process_group is not None:
+            dist.all_reduce(sums, group=process_group)
+        return sums
+
+    count = torch.full((), x.numel(), dtype=torch.float64, device=x.device) if valid is None else valid.sum(dtype=torch.float64)
+    wide = keep(x.detach().double())
+    total, count = over_ranks(torch.stack([wide.sum(), count])).unbind()
+    mean = total / count.clamp(min=1)
+    centred = keep(wide - mean)
+    var = over_ranks(centred.square().sum()) / (count - int(unbiased)).clamp(min=1)
+    white = centred / (var.sqrt() + eps if eps_outside else (var + eps).sqrt())
+    return (white if shift_mean else keep(white + mean)).to(state_dtype(x))

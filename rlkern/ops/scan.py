@@ -1,0 +1,292 @@
+"""Advantages and returns by one reverse linear recurrence over time (GAE, TD(lambda), V-trace): Triton launcher and PyTorch path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backend import device_of, multiprocessors
+from .._checks import check_cu_seqlens, state_dtype
+
+
+class Steps(NamedTuple):
+    """Per step, ``[rows, time]``; packed tokens are one row. All but the rewards may be absent."""
+
+    rewards: Tensor
+    values: Tensor | None
+    logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    mask: Tensor | None
+    next_values: Tensor | None
+    terminated: Tensor | None
+    truncated: Tensor | None
+
+
+class Sequences(NamedTuple):
+    """Per sequence, ``[sequences]``, and where the packed ones begin."""
+
+    last_values: Tensor | None
+    cu_seqlens: Tensor | None
+    gammas: Tensor | None
+    lams: Tensor | None
+
+
+class Numbers(NamedTuple):
+    gamma: float
+    lam: float
+    rho_clip: float
+    c_clip: float
+
+
+def result_dtype(rewards: Tensor, values: Tensor | None) -> torch.dtype:
+    """float64 if the rewards or the values are, float32 otherwise."""
+    return state_dtype(rewards if values is None or values.dtype != torch.float64 else values)
+
+
+@torch.library.custom_op("rlkern::lambda_returns", mutates_args=())
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor | None,
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    mask: Tensor | None,
+    next_values: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    last_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gammas: Tensor | None,
+    lams: Tensor | None,
+    gamma: float,
+    lam: float,
+    rho_clip: float,
+    c_clip: float,
+    decay: bool,
+    with_advantages: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of the shape of the rewards; advantages are empty unless ``with_advantages``.
+
+    Without values V = 0; with log-probs the V-trace corrections; ``gammas`` and ``lams``, one for each sequence, take the place of the numbers.
+    """
+    if validate and cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=True)
+    dtype = result_dtype(rewards, values)
+    returns = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
+    advantages = torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=rewards.device)
+    if rewards.numel():
+        steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
+        sequences = (last_values, cu_seqlens, gammas, lams)
+        run = _triton if backend == "triton" else _torch
+        run(
+            Steps(*(None if x is None else _rows(x) for x in steps)),  # type: ignore[arg-type]
+            Sequences(*(None if x is None else x.reshape(-1).contiguous() for x in sequences)),
+            Numbers(gamma, lam, rho_clip, c_clip),
+            decay,
+            advantages if with_advantages else None,
+            returns,
+        )
+    return advantages, returns
+
+
+@lambda_returns.register_fake
+def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor]:
+    with_advantages = args[-3]
+    dtype = result_dtype(rewards, values)
+    returns = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
+    return torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=rewards.device), returns
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., time]`` as ``[rows, time]``, in place where the last dimension has unit stride and the others one stride between them."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A program scans ``rows`` rows at once, ``lanes`` times 4 steps at a time."""
+
+    rows: int
+    lanes: int
+    warps: int
+
+    @classmethod
+    def of(cls, length: int) -> TileConfig:
+        """By the length of a row alone (packed: the mean), rounded up to a power of 2, so that results do not depend on the batch."""
+        lanes = min(512, max(4, 1 << (-(-length // 4) - 1).bit_length()))
+        rows = max(1, 256 // lanes)
+        return cls(rows=rows, lanes=lanes, warps=rows * lanes // 64)  # 8 steps a thread
+
+
+def _triton(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, advantages: Tensor | None, returns: Tensor) -> None:
+    from ..kernels import scan as kernels
+
+    if sequences.cu_seqlens is None:
+        rows, length = steps.rewards.shape
+        strides = [0 if x is None else x.stride(0) for x in steps]
+        config = TileConfig.of(length)
+    else:
+        rows, length = sequences.cu_seqlens.numel() - 1, 1  # the kernel's rows begin at tokens, which lie one apart
+        strides = [1] * len(steps)
+        config = TileConfig.of(steps.rewards.numel() // max(rows, 1))
+    tile = 4 * config.lanes
+    longest = steps.rewards.shape[1]  # packed: one sequence may have all the tokens
+    # Few long rows leave most of the GPU idle: split them, though that reads the inputs twice. The state of V-trace, or of a truncation without
+    # next_values, is more than the one number that is handed on between the parts.
+    one_number = steps.logprobs is None and (steps.truncated is None or steps.next_values is not None)
+    chunks = -(-longest // tile) if one_number and longest >= 8 * tile and rows < multiprocessors(returns) else 1
+    summary = torch.empty(rows, chunks, 2, dtype=returns.dtype, device=returns.device) if chunks > 1 else None
+    with device_of(returns):
+        for summarise in (False,) if summary is None else (True, False):
+            kernels.lambda_returns_kernel[(-(-rows // config.rows) * chunks,)](
+                *(x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in steps),
+                *strides,
+                *sequences,
+                advantages,
+                returns,
+                summary,
+                rows,
+                length,
+                chunks,
+                *numbers,
+                DECAY=decay,
+                ROWS=config.rows,
+                LANES=config.lanes,
+                CHUNKS=1 << (chunks - 1).bit_length(),
+                SUMMARISE=summarise,
+                num_warps=config.warps,
+            )
+
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
+
+# Steps between carries: a scan is about CHUNK + length / CHUNK vector operations for a length up to CHUNK^2, and CHUNK more beyond.
+CHUNK = 64
+
+
+def reverse_scan(f: float | Tensor, x: Tensor) -> Tensor:
+    """y_t = x_t + f_t y_{t+1} along the last dimension of ``x [rows, time]``, with y = 0 beyond the end; ``f`` is a number or broadcasts to ``x``.
+
+    The chunks of all rows advance together, a step at a time; what each hands to the one before it is a scan again, over the chunks.
+    Chunks are counted from the end, and no product is fused with a sum, so the last n steps come out bitwise the same whatever number of steps lies
+    before them. Where f is 0 nothing passes, not even a NaN.
+    """
+    if not isinstance(f, Tensor) and f == 0:
+        return x
+    rows, time = x.shape
+    chunks, size = -(-time // CHUNK), min(time, CHUNK)
+    x = _by_step(x, chunks, size)
+    steps = x.unbind()
+    product = torch.empty_like(steps[0])
+    across: float | Tensor  # f of a whole chunk, and `f` that from each step to the end of its chunk; float64 where that costs nothing
+    if isinstance(f, Tensor):
+        f = _by_step(f.expand(rows, time), chunks, size)
+        f_steps, stops = f.unbind(), (f == 0).unbind()
+        for t in range(size - 2, -1, -1):
+            steps[t].add_(torch.mul(steps[t + 1], f_steps[t], out=product).masked_fill_(stops[t], 0))
+            f_steps[t].mul_(f_steps[t + 1])
+        across = f_steps[0].view(rows, chunks).double()
+    else:
+        for t in range(size - 2, -1, -1):
+            steps[t].add_(torch.mul(steps[t + 1], f, out=product))
+        across = f**size
+        f = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)[:, None]
+    if chunks > 1:
+        heads = reverse_scan(across, steps[0].view(rows, chunks).double())
+        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(1, -1)
+        x.add_((f * carry).masked_fill_(f == 0, 0))
+    return x.t().reshape(rows, chunks * size)[:, chunks * size - time :]
+
+
+def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
+    """``[rows, time]`` copied to ``[size, rows * chunks]``, so that a step of every chunk is contiguous; zeros before the beginning."""
+    padding = chunks * size - x.shape[1]
+    if padding:
+        x = torch.nn.functional.pad(x, (padding, 0))
+    return x.reshape(-1, size).t().clone(memory_format=torch.contiguous_format)
+
+
+def _valid_last(valid: Tensor) -> Tensor:
+    """Where each step of a row ``[rows, time]`` goes for its valid steps to lie together at the end, all in their order."""
+    through = valid.cumsum(1)
+    t = torch.arange(valid.shape[1], device=valid.device)
+    return torch.where(valid, through - through[:, -1:] + (valid.shape[1] - 1), t - through)
+
+
+def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, advantages: Tensor | None, returns: Tensor) -> None:
+    """As the kernel, over whole tensors; packed tokens are one row, cut at the ends of its sequences.
+
+    Where masked steps are to be skipped, the valid ones first move together to the end of their row, and get what they would on their own.
+    """
+    rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated = steps
+    last_values, cu_seqlens, gammas, lams = sequences
+    dtype, device, (rows, time) = returns.dtype, returns.device, rewards.shape
+    valid = None if mask is None else mask != 0
+    place = None if valid is None or decay else _valid_last(valid)
+
+    def load(x: Tensor, as_dtype: torch.dtype = dtype) -> Tensor:
+        x = x != 0 if as_dtype == torch.bool else x.to(as_dtype)
+        if valid is not None:
+            x = x.masked_fill(~valid, 0)
+        return x if place is None else torch.empty_like(x).scatter_(1, place, x)
+
+    def store(out: Tensor, x: Tensor) -> None:
+        if place is not None:
+            x = x.gather(1, place)
+        if valid is not None:
+            x = x.masked_fill(~valid, 0)
+        out.view(rows, time).copy_(x)
+
+    ends = torch.zeros(1, time, dtype=torch.bool, device=device)
+    ends[:, -1] = True
+    sequence = None
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(time, dtype=cu_seqlens.dtype, device=device), right=True)
+        if place is not None:
+            sequence = torch.empty_like(sequence).scatter_(0, place[0], sequence)
+        ends[0, :-1] = sequence[1:] != sequence[:-1]
+
+    def by_sequence(x: Tensor) -> Tensor:
+        """One number a sequence, so that it broadcasts over ``[rows, time]``."""
+        return x.to(dtype)[:, None] if sequence is None else x.to(dtype)[sequence][None]
+
+    r = load(rewards)
+    v = torch.zeros_like(r) if values is None else load(values)
+    v_next = torch.nn.functional.pad(v[:, 1:], (0, 1))
+    cuts = []
+    if sequence is not None or last_values is not None:
+        cuts.append(ends)
+        v_next = v_next.masked_fill(ends, 0) if last_values is None else torch.where(ends, by_sequence(last_values), v_next)
+    if truncated is not None:
+        cuts.append(load(truncated, torch.bool))
+        v_next = v_next if next_values is None else torch.where(cuts[-1], load(next_values), v_next)
+    if terminated is not None:
+        cuts.append(load(terminated, torch.bool))
+        v_next = v_next.masked_fill(cuts[-1], 0)
+
+    g: float | Tensor = numbers.gamma if gammas is None else by_sequence(gammas)
+    f: float | Tensor = g * (numbers.lam if lams is None else by_sequence(lams))
+    for cut in cuts:
+        f = torch.where(cut, r.new_zeros(()), f)
+    if logprobs is None or old_logprobs is None:
+        y = reverse_scan(f, r + (g - f) * v_next)
+        if advantages is not None:
+            store(advantages, y - v)
+    else:
+        ratio = torch.exp(load(logprobs) - load(old_logprobs))
+        rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
+        y = reverse_scan(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
+        if advantages is not None:
+            y_next = torch.nn.functional.pad(y[:, 1:], (0, 1))
+            for cut in cuts:
+                y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
+            store(advantages, rho * (r + (g - f) * v_next + f * y_next - v))
+    store(returns, y)
