@@ -39,15 +39,18 @@ bench: $(INSTALLED)
 gpu: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/gpu_check.sh
 
-$(INSTALLED): requirements.txt pyproject.toml setup.py
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "rlkern needs Python 3.10 or newer as $(PYTHON); for another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@if command -v nvidia-smi >/dev/null && ! { command -v cc || command -v gcc || command -v clang; } >/dev/null; then \
 		echo "Triton needs a C compiler and Python's headers to launch kernels; on Debian and Ubuntu: apt install gcc python3-dev" >&2; exit 1; fi
+	@$(PYTHON) -m venv --clear .venv
+
+$(INSTALLED): requirements.txt pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing the packages of requirements.txt into .venv; this takes a few minutes, once."
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(PIP) --version >/dev/null || $(BIN)/python -m ensurepip
 	@$(if $(TORCH_INDEX),$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt) 2>/dev/null || true)
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
