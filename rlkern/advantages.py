@@ -81,9 +81,11 @@ def td_lambda(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """TD(lambda) returns (Sutton and Barto 2018, eq. 12.18): the returns of ``gae``, without its advantages. Arguments and errors are those of ``gae``::
+    """TD(lambda) returns (Sutton and Barto 2018, eq. 12.18): the returns of ``gae``, without its advantages::
 
-    R_t = r_t + gamma ((1 - lam) V_{t+1} + lam R_{t+1})
+        R_t = r_t + gamma ((1 - lam) V_{t+1} + lam R_{t+1})
+
+    Arguments, dtypes and errors are those of ``gae``.
     """
     boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
     return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_advantages=False)[1]
