@@ -29,6 +29,12 @@ def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VO
     sum(r.sum() for r in results).backward() if isinstance(results, tuple) else results.sum().backward()
 
 
+def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any) -> None:
+    logits, ids = _logits(dtype, vocabulary=vocabulary)
+    zeros = torch.zeros(ROWS)
+    rk.fused_policy_loss(logits, ids, zeros, zeros, config=config, backend="triton", **options).loss.backward()
+
+
 def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: torch.dtype = torch.float32) -> None:
     """With every input there is, so that nothing is left out of what is compiled."""
     shape = (96,) if packed else ROWS
@@ -51,6 +57,35 @@ def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: to
     ).loss.backward()
 
 
+def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any) -> None:
+    logits, tokens = _logits(dtype, vocabulary=vocabulary)
+    rk.fused_policy_loss(logits, tokens, torch.zeros(ROWS), torch.zeros(ROWS), config=config, backend="triton", **options).loss.backward()
+
+
+def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend="triton", **options)
+
+
+def _vtrace(*shape: int, masked: str, dtype: torch.dtype = torch.float32) -> None:
+    """With every input there is."""
+    rewards, values, logprobs, old, following = (torch.zeros(shape, dtype=dtype) for _ in range(5))
+    mask, terminated, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+    rk.vtrace(
+        rewards,
+        values,
+        logprobs,
+        old,
+        gamma=torch.ones(shape[0]),
+        mask=mask,
+        masked=masked,
+        last_values=values[:, 0],
+        next_values=following,
+        terminated=terminated,
+        truncated=truncated,
+        backend="triton",
+    )
+
+
 LAUNCHES: dict[str, Callable[[], Any]] = {
     **{f"token_logprobs {name}": partial(_token_logprobs, dtype) for name, dtype in DTYPES.items()},
     **{f"token_logprobs {name}, entropy": partial(_token_logprobs, dtype, with_entropy=True) for name, dtype in DTYPES.items()},
@@ -59,6 +94,20 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     ),
     "token_logprobs small odd vocabulary, int32 ids": partial(_token_logprobs, vocabulary=1009, ids=torch.int32, with_entropy=True),
     "token_logprobs in place": partial(_token_logprobs, inplace_backward=True),
+    **{f"fused_policy_loss {name}": partial(_fused_policy_loss, rk.PolicyLossConfig.ppo(), dtype) for name, dtype in DTYPES.items()},
+    "fused_policy_loss with every input": partial(
+        _fused_policy_loss,
+        rk.PolicyLossConfig.dppo(kl_coef=0.1, kl_ratio_weighted="sampling", entropy_coef=0.1),
+        mask=torch.ones(ROWS, dtype=torch.bool),
+        temperature=torch.ones(ROWS),
+        softcap=30.0,
+        ref_logprobs=torch.zeros(ROWS),
+        importance_weights=torch.ones(ROWS),
+        sampling_logprobs=torch.zeros(ROWS),
+        entropy_mask=torch.ones(ROWS, dtype=torch.bool),
+        inplace=True,
+    ),
+    "fused_policy_loss small odd vocabulary": partial(_fused_policy_loss, rk.PolicyLossConfig.cispo(), vocabulary=1009, with_entropy=False),
     "policy_loss of tokens": partial(_policy_loss, rk.PolicyLossConfig.ppo(dual_clip=3.0, kl_coef=0.1, entropy_coef=0.1)),
     "policy_loss of tokens, bf16": partial(_policy_loss, rk.PolicyLossConfig.dppo(surrogate="dppo_kl"), dtype=torch.bfloat16),
     "policy_loss of packed sequences": partial(
@@ -70,4 +119,11 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     ),
     "policy_loss of geometric means": partial(_policy_loss, rk.PolicyLossConfig.gmpo(kl_coef=0.1, kl_ratio_weighted=True)),
     "policy_loss by VESPO": partial(_policy_loss, rk.PolicyLossConfig.vespo()),
+    **{f"gae of {steps} steps": partial(_gae, 8, steps) for steps in (16, 512, 8192)},
+    "gae of bf16": partial(_gae, 8, 512, dtype=torch.bfloat16),
+    "gae of float64, packed": partial(_gae, 4096, dtype=torch.float64, cu_seqlens=torch.tensor([0, 1000, 4096])),
+    "discounted_returns": lambda: rk.discounted_returns(torch.zeros(8, 512), gamma=0.99, backend="triton"),
+    "vtrace, masked steps skipped": partial(_vtrace, 8, 2048, masked="skip"),
+    "vtrace, masked steps decay": partial(_vtrace, 8, 2048, masked="decay"),
+    "vtrace of float64": partial(_vtrace, 8, 2048, masked="skip", dtype=torch.float64),
 }
