@@ -24,6 +24,13 @@ def nowhere(A):
 
 
 @triton.jit
+def by_sign(positive, A, a, b):
+    """The option a where A is positive, else b, in the dtype of A."""
+    zero = tl.zeros_like(A)
+    return tl.where(positive, zero + a, zero + b)
+
+
+@triton.jit
 def clipped_branch(r, A, o):
     """(-min(min(r, cap) A, clamp(r) A), its derivative in r)."""
     free, clipped = clamp(r, float("-inf"), o.ratio_cap) * A, clamp(r, o.low, o.high) * A
@@ -68,7 +75,7 @@ def ratio_edges(lp, old, log_r, A, o):
 def sapo(lp, old, log_r, A, o):
     """-sigmoid(tau (r - 1)) 4 / tau A."""
     r = tl.exp(log_r)
-    tau = tl.where(A > 0.0, o.tau_pos, o.tau_neg)
+    tau = by_sign(A > 0.0, A, o.tau_pos, o.tau_neg)
     gate = tl.sigmoid(tau * (r - 1.0))
     return -gate * 4.0 / tau * A, tl.zeros_like(lp), -4.0 * A * gate * (1.0 - gate) * r
 
@@ -83,8 +90,8 @@ def gmpo(lp, old, log_r, A, o):
 @triton.jit
 def gmpo_summand(log_r, A, o):
     """log r clamped to [low, high] on the side that the sign of A makes pessimistic."""
-    high = tl.where(A > 0.0, o.high, float("inf"))
-    low = tl.where(A > 0.0, float("-inf"), o.low)
+    high = by_sign(A > 0.0, A, o.high, float("inf"))
+    low = by_sign(A > 0.0, A, float("-inf"), o.low)
     return clamp(log_r, low, high), tl.where(outside(log_r, low, high), 0.0, 1.0)
 
 
@@ -97,8 +104,8 @@ def log_ratio_edges(lp, old, log_r, A, o):
 def vespo(lp, old, log_r, A, o):
     """-sg(phi) A lp,  phi = exp(lambda + k s - lambda e^s),  s the clamped sum of vespo_summand and of log w over the sequence."""
     s = clamp(log_r, -18.420680743952367, 20.0)  # log 1e-8
-    k = tl.where(A >= 0.0, o.vespo_k_pos, o.vespo_k_neg)
-    scale = tl.maximum(tl.where(A >= 0.0, o.vespo_lambda_pos, o.vespo_lambda_neg), 1e-4)
+    k = by_sign(A >= 0.0, A, o.vespo_k_pos, o.vespo_k_neg)
+    scale = tl.maximum(by_sign(A >= 0.0, A, o.vespo_lambda_pos, o.vespo_lambda_neg), 1e-4)
     phi = tl.exp(scale + k * s - scale * tl.exp(s))
     slope = -tl.where(phi < float("inf"), phi, 0.0) * A  # NaN too becomes 0
     return slope * lp, slope, tl.zeros_like(lp)

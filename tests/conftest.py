@@ -38,3 +38,30 @@ def device() -> torch.device:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_patches_once():
+    """Triton's interpreter patches triton.language anew for every call of a device function, which is most of its time: once a launch will do."""
+    if HAS_GPU:
+        yield
+        return
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+    launch, call = GridExecutor.__call__, InterpretedFunction.__call__
+    patched: set[int] = set()
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call_patched(self, *args, **kwargs):
+        if id(self.fn.__globals__) in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(id(self.fn.__globals__))
+        return call(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(GridExecutor, "__call__", launch_anew)
+        m.setattr(InterpretedFunction, "__call__", call_patched)
+        yield

@@ -59,12 +59,25 @@ def needs_statistics(config: PolicyLossConfig) -> bool:
 
 # Two elements a thread: the dozen vector accumulators stay in registers.
 BLOCK, WARPS = 512, 8
+# Beyond this number tiles grow, since one program adds up what all have found.
+PROGRAMS = 4096
+
+
+def term_functions(config: PolicyLossConfig) -> dict[str, Any]:
+    """The functions of ``kernels/policy.py`` and ``kernels/kl.py`` that a kernel is specialised to."""
+    from ..kernels import kl, policy
+
+    return {
+        "TERM": getattr(policy, surrogate_of(config).term.__name__),
+        "ESTIMATOR": getattr(kl, ESTIMATORS[config.kl_estimator].__name__),
+        "KL_WEIGHT": {"False": "none", "True": "ratio"}.get(str(config.kl_ratio_weighted), config.kl_ratio_weighted),
+    }
 
 
 def _triton_path(
     x: Tokens, config: PolicyLossConfig, loss_out: Tensor, results: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> None:
-    from ..kernels import kl, policy, tokens
+    from ..kernels import policy, tokens
 
     shape, time = x.logprobs.shape, x.logprobs.shape[-1]
     packed = x.cu_seqlens is not None and (
@@ -83,8 +96,7 @@ def _triton_path(
             t = t.reshape(-1, time)
         return tokens.Rows(t, t.stride(0), t.stride(1))
 
-    # Whole sequences, or tiles that are few enough for one program to add up what they found.
-    tile = time if config.needs_sequences else BLOCK * -(-x.logprobs.numel() // (BLOCK * 4096))
+    tile = time if config.needs_sequences else BLOCK * -(-x.logprobs.numel() // (BLOCK * PROGRAMS))
     tiles = -(-time // tile)
     programs = x.cu_seqlens.shape[0] - 1 if packed and x.cu_seqlens is not None else x.logprobs.numel() // time * tiles
     surrogate = surrogate_of(config)
@@ -103,12 +115,10 @@ def _triton_path(
             tiles,
             tile,
             Options.of(config, time),
-            TERM=getattr(policy, surrogate.term.__name__),
+            **term_functions(config),
             EDGES=getattr(policy, surrogate.edges.__name__),
             SUMMAND=None if surrogate.summand is None else getattr(policy, surrogate.summand.__name__),
-            ESTIMATOR=getattr(kl, ESTIMATORS[config.kl_estimator].__name__),
             LEVEL=config.ratio_level,
-            KL_WEIGHT={"False": "none", "True": "ratio"}.get(str(config.kl_ratio_weighted), config.kl_ratio_weighted),
             AGGREGATION=config.aggregation,
             ENTROPY_AGGREGATION=config.own_entropy_aggregation or "",
             OFF_POLICY=config.off_policy_threshold is not None,
