@@ -1,4 +1,4 @@
-"""Kernels over logits: log-prob and entropy of the chosen token in one read, and their gradient in one read and one write.
+"""Kernels over logits: log-prob and entropy of the chosen token in one read, their gradient in one read and one write, and a policy loss with both.
 
 A row is ``V`` logits of any float dtype with unit stride. Rows lie at two strides, so that a slice such as ``logits[:, :-1]`` is read in place.
 A row that is masked, or whose id is -100, is dead: none of its logits is loaded. A live row with an id outside [0, V) becomes NaN.
@@ -7,7 +7,7 @@ A row that is masked, or whose id is -100, is dead: none of its logits is loaded
 import triton
 import triton.language as tl
 
-from . import softmax
+from . import kl, policy, softmax
 
 IGNORE_INDEX = tl.constexpr(-100)
 
@@ -55,7 +55,9 @@ def load_target(x_row, token, V, cap, live):
 
 
 @triton.jit
-def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def segment_statistics(
+    x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr = "evict_first"
+):
     """State of the online softmax over the blocks of a row that begin in [start, stop)."""
     m = tl.full([], softmax.NEG_INF, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -63,7 +65,7 @@ def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLO
     for begin in tl.range(start, stop, BLOCK, num_stages=STAGES):
         column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
         # V itself bounds the columns: where it is a multiple of 16, the compiler sees that and loads 128 bits at a time.
-        x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
         m, s, t = softmax.update(m, s, t, soft_cap(x, cap), c, ENTROPY)
     return m, tl.sum(s, 0), tl.sum(t, 0)
 
@@ -222,3 +224,97 @@ def backward_kernel(
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
     store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, grad_entropy_ptr is not None)
+
+
+@triton.jit
+def optional(pointer, row, live, default):
+    """The row's value of a tensor that may be absent."""
+    if pointer is None:
+        x = default
+    else:
+        x = tl.load(pointer + row, mask=live, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["inner"])
+def loss_kernel(
+    x_ptr,
+    dx_ptr,
+    ids_ptr,
+    live_ptr,
+    temperature_ptr,
+    old_ptr,
+    advantages_ptr,
+    ref_ptr,
+    weights_ptr,
+    sampling_ptr,
+    entropy_mask_ptr,
+    loss_weights_ptr,
+    entropy_weights_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    V,
+    inner,
+    outer_stride,
+    inner_stride,
+    dx_outer_stride,
+    dx_inner_stride,
+    scale,
+    cap,
+    o,
+    TERM: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    KL_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a row: statistics, the token's objective, and d loss / d logits, over the logits themselves where ``dx_ptr`` is ``x_ptr``.
+
+    The second pass runs backwards: it begins with the blocks that were read last, which the cache still holds.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token, live = is_live(row, ids_ptr, live_ptr, True)
+    scale = row_scale(row, scale, temperature_ptr, live)
+    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
+    dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
+    # Before the reductions, and so before any thread of the program may write over it.
+    x_target = load_target(x_row, token, V, cap, live)
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    stop = tl.where(live, V, 0)
+    m, s, t = segment_statistics(x_row, 0, stop, V, scale * softmax.LOG2E, cap, HAS_ENTROPY, BLOCK, STAGES, "evict_last")
+    lp, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
+    lp = tl.where(live, lp, 0.0)
+    tl.store(logprob_ptr + row, lp)
+    if HAS_ENTROPY:
+        entropy = tl.where((token >= 0) & (token < V), entropy, float("nan"))
+        tl.store(entropy_ptr + row, tl.where(live, entropy, 0.0))
+
+    old = optional(old_ptr, row, live, lp)
+    log_r = kl.clamp(lp - old, o.log_ratio_low, o.log_ratio_high)
+    stopped = kl.outside(lp - old, o.log_ratio_low, o.log_ratio_high)
+    kept = live
+    if entropy_mask_ptr is not None:
+        kept = kept & (tl.load(entropy_mask_ptr + row, mask=live, other=0) != 0)
+    A = tl.load(advantages_ptr + row, mask=live, other=0.0).to(tl.float32)
+    _, d_lp, d_log_r, d_own, _ = policy.objective(
+        lp,
+        old,
+        log_r,
+        log_r,
+        A,
+        optional(weights_ptr, row, live, 1.0),
+        kept,
+        optional(ref_ptr, row, live, None),
+        optional(sampling_ptr, row, live, None),
+        o,
+        TERM,
+        ESTIMATOR,
+        KL_WEIGHT,
+    )
+    a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
+    b = optional(entropy_weights_ptr, row, live, 0.0)
+    live = live & ((a != 0.0) | (b != 0.0))
+    blocks = tl.cdiv(V, BLOCK)
+    for k in tl.range(0, blocks):
+        column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
+        store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, entropy_weights_ptr is not None)

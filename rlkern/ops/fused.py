@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._backend import device_of
 from ..config import PolicyLossConfig
-from .logits import as_rows, check_ids, empty_statistics, forward_into, gradient_into, locate
-from .policy import Tokens, policy_loss_op
+from .logits import LossTiling, as_rows, check_ids, empty_statistics, forward_into, gradient_into, locate
+from .policy import Tokens, policy_loss_op, term_functions
+from .policy_terms import Options
 
 
 class PolicyRows(NamedTuple):
@@ -39,6 +41,49 @@ def per_token_config(config: PolicyLossConfig) -> PolicyLossConfig:
     return replace(config, aggregation="sum", entropy_coef=0.0, entropy_aggregation=None)
 
 
+def _triton_policy_gradients(
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    terms: PolicyRows,
+    loss_weights: Tensor,
+    entropy_weights: Tensor | None,
+    config: str,
+    scale: float,
+    cap: float | None,
+    statistics: tuple[Tensor, ...],
+) -> None:
+    from ..kernels import logits as kernels
+
+    x = as_rows(logits)
+    dx = as_rows(out).view(x.shape)
+    vocabulary, objective = x.shape[-1], PolicyLossConfig.from_text(config)
+    tiling = LossTiling.of(vocabulary, x.element_size())
+    with device_of(x):
+        kernels.loss_kernel[(ids.numel(),)](
+            x,
+            dx,
+            *(None if t is None else t.contiguous() for t in (ids, live, temperature, *terms, loss_weights, entropy_weights)),
+            statistics[0],
+            statistics[1] if statistics[1].numel() else None,
+            vocabulary,
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
+            scale,
+            cap,
+            Options.of(objective, 1),
+            **term_functions(objective),
+            BLOCK=tiling.block,
+            STAGES=tiling.stages,
+            num_warps=tiling.warps,
+        )
+
+
 # Rows of logits between whose two passes the cache is kept, on a CPU.
 CHUNK_ROWS = 256
 
@@ -63,6 +108,11 @@ def _policy_gradients(
     if validate:
         check_ids(ids, live, logits.shape[-1])
     statistics = empty_statistics(logits, ids.shape, with_entropy)
+    if backend == "triton":
+        if ids.numel():
+            arguments = (ids, live, temperature, terms, loss_weights, entropy_weights, config, scale, cap, statistics)
+            _triton_policy_gradients(out, logits, *arguments)
+        return statistics[0], statistics[1]
     x, dx = as_rows(logits), as_rows(out)
     for start in range(0, ids.numel(), CHUNK_ROWS):
         at = slice(start, start + CHUNK_ROWS)

@@ -73,6 +73,24 @@ class RowConfig:
         return cls(block=block, segment=32768, warps=max(1, min(8, block * itemsize // 1024)), stages=3)
 
 
+@dataclass(frozen=True)
+class LossTiling:
+    """How a row of logits is cut where one program passes over it twice."""
+
+    block: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
+        """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
+        which 1024 threads fill; short ones several."""
+        warp = 64 if torch.version.hip else 32
+        threads = 1024 if vocabulary * itemsize > 96 << 10 else 256
+        block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))  # one load of 16 bytes a thread
+        return cls(block=block, warps=max(1, min(threads, block * itemsize // 16) // warp), stages=3)
+
+
 def _row_arguments(ids: Tensor, mask: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return ids.contiguous(), None if mask is None else mask.contiguous(), None if temperature is None else temperature.contiguous()
 
@@ -324,7 +342,7 @@ def forward_into(
     out: tuple[Tensor, ...],
     backend: str,
 ) -> None:
-    """Fill ``out``: (logprob, entropy or an empty tensor, row maximum, log2 of the sum relative to it), each contiguous and of the shape of ``ids``."""
+    """Fill ``out``: (logprob, entropy or an empty tensor, row maximum, log2 of the sum relative to it), contiguous, of the shape of ``ids``."""
     if ids.numel():
         forward = _triton_forward if backend == "triton" else _torch_forward
         forward(logits, ids, mask, temperature, scale, cap, out)
