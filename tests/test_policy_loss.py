@@ -484,11 +484,12 @@ def test_opcheck(packed, backend, device):
 
 
 def test_torch_compile(backend, device):
-    batch = make_batch(device).to(torch.float32)
+    """In one graph: packed sequences, a configuration made inside, the same tensor twice."""
+    batch = pack(make_batch(device).to(torch.float32))
 
     def step(logprobs: Tensor, old: Tensor, **tensors: Any) -> tuple[Tensor, Tensor]:
         config = Config.grpo(kl_coef=0.1, entropy_coef=0.1, off_policy_threshold=0.1)
-        tensors["sampling_logprobs"] = old  # the same tensor twice
+        tensors["sampling_logprobs"] = old
         out = rk.policy_loss(logprobs, old, **tensors, normalizer=3, config=config, backend=backend)
         return out.loss, out.metrics["kl"]
 
