@@ -236,24 +236,54 @@ _GCN_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(?:(?P<word>dword)(?:x(?P
 
 
 def load_widths(assembly: str, pattern: re.Pattern[str]) -> tuple[set[int], set[int]]:
-    """Widths in bits of the loads from global memory: of all, and of those between a label and a later branch back to it."""
-    lines = assembly.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*([$.\w]+):", line))}
-    in_loop = [False] * len(lines)
-    for i, line in enumerate(lines):
-        branch = re.search(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([$.\w]+)", line)
-        start = labels.get(branch[1], i) if branch else i
-        for j in range(start, i):
-            in_loop[j] = True
+    """Widths in bits of the loads from global memory: of all, and of those in loops."""
     everywhere: set[int] = set()
     looped: set[int] = set()
-    for i, line in enumerate(lines):
-        for m in pattern.finditer(line):
-            width = _width(m.groupdict())
-            everywhere.add(width)
-            if in_loop[i]:
-                looped.add(width)
+    for block, in_loop in _blocks(assembly):
+        widths = {_width(m.groupdict()) for line in block for m in pattern.finditer(line)}
+        everywhere |= widths
+        if in_loop:
+            looped |= widths
     return everywhere, looped
+
+
+_LABEL = re.compile(r"\s*([$.\w]+):")
+_BRANCH = re.compile(r"(?P<predicate>@!?%\w+\s+)?\b(?P<op>bra(?:\.uni)?|s_c?branch\w*)\s+(?P<to>[$.\w]+)")
+_END = re.compile(r"\s*(ret|s_endpgm)\b")
+
+
+def _blocks(assembly: str) -> list[tuple[list[str], bool]]:
+    """The basic blocks, each with whether control can come back to it. Text order does not tell: compilers move cold code to the end."""
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    jumps: list[list[str]] = [[]]  # labels that a block may jump to
+    falls: list[bool] = [True]  # whether it may go on to the next one
+    for line in assembly.splitlines():
+        label = _LABEL.match(line)
+        if label or (blocks[-1] and (jumps[-1] or not falls[-1])):
+            blocks.append([])
+            jumps.append([])
+            falls.append(True)
+        if label:
+            labels[label[1]] = len(blocks) - 1
+        blocks[-1].append(line)
+        if branch := _BRANCH.search(line):
+            jumps[-1].append(branch["to"])
+            falls[-1] = bool(branch["predicate"]) or branch["op"].startswith("s_cbranch")
+        elif _END.match(line):
+            falls[-1] = False
+    after = [{labels[to] for to in jumps[i] if to in labels} | ({i + 1} if falls[i] and i + 1 < len(blocks) else set()) for i in range(len(blocks))]
+
+    def returns(start: int) -> bool:
+        seen: set[int] = set()
+        ahead = set(after[start])
+        while ahead:
+            block = ahead.pop()
+            seen.add(block)
+            ahead |= after[block] - seen
+        return start in seen
+
+    return [(block, returns(i)) for i, block in enumerate(blocks)]
 
 
 def _width(load: dict[str, str | None]) -> int:

@@ -57,11 +57,6 @@ def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: to
     ).loss.backward()
 
 
-def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any) -> None:
-    logits, tokens = _logits(dtype, vocabulary=vocabulary)
-    rk.fused_policy_loss(logits, tokens, torch.zeros(ROWS), torch.zeros(ROWS), config=config, backend="triton", **options).loss.backward()
-
-
 def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend="triton", **options)
 

@@ -115,9 +115,15 @@ def test_load_widths_of_loops():
     .LBB0_1:
         buffer_load_dwordx4 v[3:6], v2, s[8:11], 0 offen
         s_cbranch_scc1 .LBB0_1
+        s_branch .LBB0_3
+    .LBB0_2:
         global_load_ushort v1, v0, s[2:3]
+        s_endpgm
+    .LBB0_3:
+        global_load_ubyte v1, v0, s[2:3]
+        s_branch .LBB0_2
     """
-    assert load_widths(gcn, _GCN_LOAD) == ({64, 128, 16}, {128})
+    assert load_widths(gcn, _GCN_LOAD) == ({64, 128, 16, 8}, {128})  # the branch back to LBB0_2 makes no loop
 
 
 def test_occupancy():
