@@ -2,7 +2,7 @@
 
 from .advantages import discounted_returns, gae, group_advantages, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
-from .fused import fused_linear_policy_loss, fused_policy_loss
+from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
 
@@ -13,6 +13,7 @@ __all__ = [
     "PolicyLossConfig",
     "__version__",
     "discounted_returns",
+    "fused_linear_loss",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "gae",

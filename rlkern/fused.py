@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from . import reference
 from ._backend import choose_backend, choose_validate
-from ._checks import check_choice, state_dtype
+from ._checks import check_choice, check_tensor, state_dtype
 from .config import PolicyLossConfig
 from .logprobs import LinearInputs, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
-from .losses import LossOutput, check_tokens
+from .losses import LossOutput, check_tokens, token_weights
 from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
-from .ops.linear import linear_policy_gradients_op
+from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
@@ -284,6 +285,127 @@ def fused_linear_policy_loss(
         logprobs, entropy = linear_logprobs(x, with_entropy, mode)
         return objective.loss(logprobs, entropy if with_entropy else None)
     return _in_forward(x, objective, needs, with_entropy)
+
+
+def fused_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    loss_fn: Callable[..., Tensor],
+    per_token: Sequence[Tensor] = (),
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    max_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    rows: Tensor | None = None,
+    compact: bool | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """A per-token loss of your own, from hidden states and the head, with no ``[S, V]`` logits and all gradients made in the forward.
+
+        loss = sum_i a_i loss_fn(logprobs_i, entropy_i, *per_token_i)      with the weights a of ``aggregation``
+
+    Args:
+        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, validate, backend: as in
+            :func:`rlkern.linear_token_logprobs`.
+        loss_fn: ``loss_fn(logprobs, entropy, *per_token) -> loss``, in PyTorch operations that autograd can differentiate, on a chunk of tokens: the
+            first two are ``[n]``, float32 (float64 for float64), the result must be too. The loss of a token may depend on that token only.
+        per_token: tensors that begin with the shape ``S``, handed to ``loss_fn`` with these dimensions flattened and cut to the chunk; constants.
+        aggregation, normalizer, max_length, cu_seqlens: as in :func:`rlkern.policy_loss` and :class:`rlkern.PolicyLossConfig`.
+
+    Returns:
+        :class:`rlkern.LossOutput`; its metrics are the means over the mask of "loss" and "entropy". Gradients flow to ``hidden``, ``weight`` and
+        ``bias``, once; a second backward is an error.
+
+    Raises:
+        TypeError, ValueError: for bad arguments, and for a ``loss_fn`` whose result is not a tensor of the shape of its log-probs.
+    """
+    x = check_linear(
+        hidden,
+        weight,
+        ids,
+        bias=bias,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
+        chunk_bytes=chunk_bytes,
+        rows=rows,
+        compact=compact,
+        validate=validate,
+        backend=backend,
+    )
+    for i, t in enumerate(per_token):
+        check_tensor(f"per_token[{i}]", t, device=ids.device)
+        if t.shape[: ids.dim()] != ids.shape:
+            raise ValueError(f"per_token[{i}] must have a shape that begins with {tuple(ids.shape)}, got {tuple(t.shape)}")
+    live, dtype = live_rows(ids, mask), state_dtype(torch.empty(0, dtype=x.logits_dtype))
+    weights = token_weights(
+        live, aggregation, dtype, normalizer=normalizer, max_length=max_length, cu_seqlens=cu_seqlens, validate=x.validate
+    ).flatten()
+    counted = live.flatten()
+    x = x._replace(mask=counted)
+    extras = [t.detach().flatten(0, ids.dim() - 1) for t in per_token]
+    losses = torch.zeros(ids.numel(), dtype=dtype, device=ids.device)
+
+    def loss_of(rows: slice | Tensor, logprob: Tensor, entropy: Tensor) -> Tensor:
+        loss = loss_fn(logprob, entropy, *(t[rows] for t in extras))
+        if not isinstance(loss, Tensor) or loss.shape != logprob.shape:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must give one loss a token, a tensor of shape {tuple(logprob.shape)}; got {what}")
+        return torch.where(counted[rows], loss, 0.0)
+
+    needs = x.needs_grad()
+    if torch.compiler.is_compiling() or not any(needs):
+        logprobs, entropy = linear_logprobs(x, True)
+        losses = loss_of(slice(None), logprobs, entropy)
+        loss = (weights * losses).sum()
+    else:
+
+        def slopes(rows: slice | Tensor, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+            with torch.enable_grad():
+                inputs = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+                loss = loss_of(rows, *inputs)
+                slopes = torch.autograd.grad(loss, inputs, weights[rows], allow_unused=True) if loss.requires_grad else (None, None)
+            losses[rows] = loss.detach()
+            a, b = (None if g is None else torch.where(counted[rows], g, 0.0) for g in slopes)
+            return torch.zeros_like(logprob) if a is None else a, b
+
+        with torch.no_grad():
+            logprobs, entropy, *gradients = gradients_in_forward(
+                x.hidden,
+                x.weight,
+                x.bias,
+                x.ids,
+                counted,
+                x.temperature,
+                x.rows,
+                x.scale,
+                x.cap,
+                x.logits_dtype,
+                x.chunk,
+                True,
+                needs,
+                x.compact,
+                x.validate,
+                x.backend,
+                slopes,
+            )
+            loss = (weights * losses).sum()
+        loss = GradientsInForward.apply(loss, *gradients, x.hidden, x.weight, x.bias)
+    count = live.sum().clamp(min=1)
+    metrics = {"loss": losses.detach().sum() / count, "entropy": entropy.detach().sum() / count}
+    return LossOutput(loss, metrics, logprobs.detach().view(ids.shape), entropy.detach().view(ids.shape))
 
 
 def _in_forward(x: LinearInputs, objective: Objective, needs: tuple[bool, bool, bool], with_entropy: bool) -> LossOutput:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number, check_tensor, state_dtype
-from .config import KL_ESTIMATORS, RATIO_LEVELS, Clamp, PolicyLossConfig, check_clamp
+from .config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS, SEQUENCE_AGGREGATIONS, Clamp, PolicyLossConfig, check_clamp
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
 
@@ -239,6 +239,27 @@ def check_tokens(
         entropy_mask=entropy_mask,
         normalizer=_as_normalizer(normalizer, logprobs),
         cu_seqlens=cu_seqlens,
+    )
+
+
+def token_weights(
+    mask: Tensor,
+    aggregation: str,
+    dtype: torch.dtype,
+    *,
+    normalizer: float | Tensor | None,
+    max_length: float | None,
+    cu_seqlens: Tensor | None,
+    validate: bool | None,
+) -> Tensor:
+    """Check how losses are to be aggregated, and give each token's weight, of the shape of ``mask``."""
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if max_length is not None:
+        check_number("max_length", max_length, above=0)
+    like = torch.empty(mask.shape, dtype=dtype, device=mask.device)
+    _check_sequences(like, cu_seqlens, validate, "sequence" if aggregation in SEQUENCE_AGGREGATIONS else "token")
+    return reference.aggregation_weights(
+        mask, aggregation, dtype=dtype, normalizer=_as_normalizer(normalizer, like), max_length=max_length, cu_seqlens=cu_seqlens
     )
 
 

@@ -455,6 +455,58 @@ def test_frozen_head_multiplies_less():
             assert sum(products) == units * unit, name
 
 
+def dpo_like(logprobs, entropy, old, table):
+    """A loss of nobody's."""
+    return -torch.nn.functional.logsigmoid(logprobs - old) * table.sum(-1) - 0.1 * entropy**2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_a_loss_of_ones_own(backend, device, trained, aggregation):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    problem = Problem(dtype, device=device)
+    table = torch.randn(*SHAPE, 2, dtype=dtype, device=device)
+    old = problem.old.clone()
+    old[~problem.mask] = torch.nan
+    leaves = problem.leaves(torch.float64)
+    lp, entropy = reference.token_logprobs(leaves[0] @ leaves[1].t() + leaves[2], problem.ids, mask=problem.mask, with_entropy=True, temperature=0.8)
+    live = problem.mask & (problem.ids != -100)
+    weights = reference.aggregation_weights(live, aggregation, dtype=torch.float64, normalizer=5.0)
+    loss = (weights * torch.where(live, dpo_like(lp, entropy, problem.old.double(), table.double()), 0.0)).sum()
+    grads = torch.autograd.grad(loss * 3, leaves)
+    leaves = problem.leaves()
+    if not trained:
+        leaves[1:] = [t.detach() for t in leaves[1:]]
+
+    def run(h, w, b):
+        options = {"bias": b, "mask": problem.mask, "temperature": 0.8, "aggregation": aggregation, "normalizer": 5, "chunk_bytes": 7 * V * 8}
+        return rk.fused_linear_loss(h, w, problem.ids, dpo_like, (old, table), backend=backend, **options).loss
+
+    eps = 1e-12 if backend == "torch" else 1e-4
+    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        mine = f(*leaves)
+        assert_accurate(mine, loss, eps=eps)
+        taking = [t for t in leaves if t.requires_grad]
+        for x, y in zip(torch.autograd.grad(mine * 3, taking), grads, strict=False):
+            assert_accurate(x, y, eps=eps)
+    with torch.no_grad():
+        assert_accurate(run(*leaves), loss, eps=eps)
+
+
+def test_a_loss_of_ones_own_is_checked():
+    hidden, weight, ids = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"loss_fn must give one loss a token, a tensor of shape \(6,\); got shape \(\)"):
+        rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: lp.sum())
+    with pytest.raises(ValueError, match=r"per_token\[0\] must have a shape that begins with \(2, 3\)"):
+        rk.fused_linear_loss(hidden, weight, ids, lambda lp, h, x: lp, (torch.zeros(3),))
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: lp, aggregation="mean")
+    constant = rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: torch.ones_like(lp))
+    constant.loss.backward()
+    assert float(constant.loss) == 1
+    assert torch.all(hidden.grad == 0)
+
+
 HIDDEN, WEIGHT, IDS, TOKENS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
 
 

@@ -117,11 +117,11 @@ def _policy_gradients(
     for start in range(0, ids.numel(), CHUNK_ROWS):
         at = slice(start, start + CHUNK_ROWS)
         here = (ids[at], live[at], None if temperature is None else temperature[at], scale, cap)
-        stored = tuple(t[at] if t.numel() else t for t in statistics)
+        logprob, entropy, row_max, log2_sum = (t[at] if t.numel() else t for t in statistics)
         chunk, place = x[locate(x, at)], dx[locate(dx, at)]  # views where the rows are evenly spaced, else copies
-        forward_into(chunk, *here, stored, backend)
-        a = terms.of(at).slope(stored[0], live[at], config, backend).mul_(loss_weights[at])
-        gradient_into(place, a, None if entropy_weights is None else entropy_weights[at], chunk, *here, *stored[1:], backend)
+        forward_into(chunk, *here, (logprob, entropy, row_max, log2_sum), backend)
+        a = terms.of(at).slope(logprob, live[at], config, backend).mul_(loss_weights[at])
+        gradient_into(place, a, None if entropy_weights is None else entropy_weights[at], chunk, *here, entropy, row_max, log2_sum, backend)
         if dx.shape[0] > 1:
             dx[locate(dx, at)] = place
     return statistics[0], statistics[1]

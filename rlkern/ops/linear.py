@@ -12,7 +12,7 @@ Rows that are masked, or have no gradient, can be left out of the products: what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -405,7 +405,55 @@ class LinearLogprobs(torch.autograd.Function):
         return tuple(grads)
 
 
-# ---- token-level policy losses --------------------------------------------------------------------------------------------------------------
+# ---- losses whose gradients are made in the forward -----------------------------------------------------------------------------------------
+
+
+def gradients_in_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    live: Tensor,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    with_entropy: bool,
+    needs: tuple[bool, bool, bool],
+    compact: bool,
+    validate: bool,
+    backend: str,
+    slopes: Callable[[slice | Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, d loss / d hidden, weight, bias); ``slopes(rows, logprob, entropy)`` gives d loss / d (logprob, entropy) of some rows.
+
+    ``live`` is the whole mask.
+    """
+    if validate:
+        check_ids(ids, live, weight.shape[0])
+    index = taking_part(live, rows, compact)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    per_row = Rows.of(index, ids, live, temperature, scale, cap, backend)
+    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
+    gradients = Gradients(head, *needs)
+    for at in head.chunks():
+        h, logits = head.forward(at)
+        here, statistics, where = per_row[at], part(out, at), head.where(at)
+        here.statistics(logits, statistics)
+        a, b = slopes(where, *statistics[:2])
+        if compact:  # rows without a gradient, clipped ones say, are left out of the products
+            moving = a != 0 if b is None else (a != 0) | (b != 0)
+            if not bool(moving.all()):
+                chosen = moving.nonzero().squeeze(1)
+                where = chosen + at.start if isinstance(where, slice) else where[chosen]
+                h, logits, here, a, b = h[chosen], logits[chosen], here[chosen], a[chosen], pick_optional(b, chosen)
+                statistics = tuple(x[chosen] if x.numel() else x for x in statistics)
+        if a.numel():
+            gradients.add(where, h, here.gradient(logits, a, b, *statistics[1:]))
+    logprob, entropy, _, _ = spread_all(out, index, ids.numel(), with_entropy)
+    return logprob, entropy, *gradients.results()
 
 
 @torch.library.custom_op("rlkern::linear_policy_gradients", mutates_args=())
@@ -442,33 +490,14 @@ def linear_policy_gradients_op(
 
     ``live`` is the whole mask; ``config`` a per-token one.
     """
-    if validate:
-        check_ids(ids, live, weight.shape[0])
-    index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
-    per_row = Rows.of(index, ids, live, temperature, scale, cap, backend)
-    terms = PolicyRows(old_logprobs, advantages, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask).of(index)
-    weights, bonuses = pick(loss_weights, index), pick_optional(entropy_weights, index)
-    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
-    gradients = Gradients(head, needs_hidden, needs_weight, needs_bias)
-    for at in head.chunks():
-        h, logits = head.forward(at)
-        here, statistics = per_row[at], part(out, at)
-        here.statistics(logits, statistics)
-        a = terms.of(at).slope(statistics[0], pick(live, index)[at], config, backend).mul_(weights[at])
-        b = None if bonuses is None else bonuses[at]
-        where = head.where(at)
-        if compact:  # rows without a gradient, clipped ones say, are left out of the products
-            moving = a != 0 if b is None else (a != 0) | (b != 0)
-            if not bool(moving.all()):
-                chosen = moving.nonzero().squeeze(1)
-                where = chosen + at.start if isinstance(where, slice) else where[chosen]
-                h, logits, here, a, b = h[chosen], logits[chosen], here[chosen], a[chosen], pick_optional(b, chosen)
-                statistics = tuple(x[chosen] if x.numel() else x for x in statistics)
-        if a.numel():
-            gradients.add(where, h, here.gradient(logits, a, b, *statistics[1:]))
-    logprob, entropy, _, _ = spread_all(out, index, ids.numel(), with_entropy)
-    return logprob, entropy, *gradients.results()
+    terms = PolicyRows(old_logprobs, advantages, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask)
+
+    def slopes(rows: slice | Tensor, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        a = terms.of(rows).slope(logprob, live[rows], config, backend).mul_(loss_weights[rows])
+        return a, None if entropy_weights is None else entropy_weights[rows]
+
+    options = (scale, cap, logits_dtype, chunk, with_entropy, (needs_hidden, needs_weight, needs_bias), compact, validate, backend)
+    return gradients_in_forward(hidden, weight, bias, ids, live, temperature, rows, *options, slopes)
 
 
 @linear_policy_gradients_op.register_fake

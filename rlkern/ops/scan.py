@@ -172,8 +172,8 @@ def _triton(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, a
 CHUNK = 64
 
 
-def reverse_scan(f: float | Tensor, x: Tensor) -> Tensor:
-    """y_t = x_t + f_t y_{t+1} along the last dimension of ``x [rows, time]``, with y = 0 beyond the end; ``f`` is a number or broadcasts to ``x``.
+def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
+    """Overwrites ``x [rows, time]`` with y_t = x_t + f_t y_{t+1}, y = 0 beyond the end. ``f`` is a number or broadcasts to ``x``.
 
     The chunks of all rows advance together, a step at a time; what each hands to the one before it is a scan again, over the chunks.
     Chunks are counted from the end, and no product is fused with a sum, so the last n steps come out bitwise the same whatever number of steps lies
@@ -183,27 +183,39 @@ def reverse_scan(f: float | Tensor, x: Tensor) -> Tensor:
         return x
     rows, time = x.shape
     chunks, size = -(-time // CHUNK), min(time, CHUNK)
-    x = _by_step(x, chunks, size)
-    steps = x.unbind()
-    product = torch.empty_like(steps[0])
-    across: float | Tensor  # f of a whole chunk, and `f` that from each step to the end of its chunk; float64 where that costs nothing
+    by_step = _by_step(x, chunks, size)
+    y = by_step.unbind()
+    product = torch.empty_like(y[0])
+    product_bits = product.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+
+    def nonzero_bits(z: Tensor) -> tuple[Tensor, ...]:
+        """All ones where z is not 0, else all zeros: ANDed with a product it stops a NaN, which times 0 is NaN. Far quicker than masked_fill."""
+        return (z != 0).to(product_bits.dtype).neg_().unbind()
+
+    across: float | Tensor  # f through a whole chunk, and `through` from each step to the end of its chunk; float64 where that costs nothing
     if isinstance(f, Tensor):
         f = _by_step(f.expand(rows, time), chunks, size)
-        f_steps, stops = f.unbind(), (f == 0).unbind()
+        through, passing = f.unbind(), nonzero_bits(f)
         for t in range(size - 2, -1, -1):
-            steps[t].add_(torch.mul(steps[t + 1], f_steps[t], out=product).masked_fill_(stops[t], 0))
-            f_steps[t].mul_(f_steps[t + 1])
-        across = f_steps[0].view(rows, chunks).double()
+            torch.mul(y[t + 1], through[t], out=product)
+            product_bits.bitwise_and_(passing[t])
+            y[t].add_(product)
+            through[t].mul_(through[t + 1])
+        across, passing = through[0].view(rows, chunks).double(), nonzero_bits(f)
     else:
         for t in range(size - 2, -1, -1):
-            steps[t].add_(torch.mul(steps[t + 1], f, out=product))
-        across = f**size
-        f = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)[:, None]
+            y[t].add_(torch.mul(y[t + 1], f, out=product))
+        powers = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)
+        across, through, passing = f**size, powers.unbind(), None
     if chunks > 1:
-        heads = reverse_scan(across, steps[0].view(rows, chunks).double())
-        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(1, -1)
-        x.add_((f * carry).masked_fill_(f == 0, 0))
-    return x.t().reshape(rows, chunks * size)[:, chunks * size - time :]
+        heads = reverse_scan_(across, y[0].view(rows, chunks).to(torch.float64, copy=True))
+        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(-1)
+        for t in range(size):
+            torch.mul(carry, through[t], out=product)
+            if passing is not None:
+                product_bits.bitwise_and_(passing[t])
+            y[t].add_(product)
+    return x.copy_(by_step.t().reshape(rows, chunks * size)[:, chunks * size - time :])
 
 
 def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
@@ -215,16 +227,16 @@ def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
 
 
 def _valid_last(valid: Tensor) -> Tensor:
-    """Where each step of a row ``[rows, time]`` goes for its valid steps to lie together at the end, all in their order."""
-    through = valid.cumsum(1)
-    t = torch.arange(valid.shape[1], device=valid.device)
-    return torch.where(valid, through - through[:, -1:] + (valid.shape[1] - 1), t - through)
+    """Where each step of a row ``[rows, time]`` goes for the valid ones to lie together at its end, in their order; the others all go to the front."""
+    place = valid.cumsum(1)
+    return place.add_(valid.shape[1] - 1 - place[:, -1:].clone()).mul_(valid)
 
 
 def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, advantages: Tensor | None, returns: Tensor) -> None:
     """As the kernel, over whole tensors; packed tokens are one row, cut at the ends of its sequences.
 
-    Where masked steps are to be skipped, the valid ones first move together to the end of their row, and get what they would on their own.
+    Where masked steps are to be skipped, the valid ones first move together to the end of their row, and get what they would on their own. What the
+    others hold then lies before them, where the scan comes to it last.
     """
     rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated = steps
     last_values, cu_seqlens, gammas, lams = sequences
@@ -234,22 +246,21 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
 
     def load(x: Tensor, as_dtype: torch.dtype = dtype) -> Tensor:
         x = x != 0 if as_dtype == torch.bool else x.to(as_dtype)
-        if valid is not None:
-            x = x.masked_fill(~valid, 0)
-        return x if place is None else torch.empty_like(x).scatter_(1, place, x)
+        if place is not None:
+            return torch.zeros_like(x).scatter_(1, place, x)
+        return x if valid is None else x.masked_fill(~valid, 0)
 
     def store(out: Tensor, x: Tensor) -> None:
         if place is not None:
             x = x.gather(1, place)
-        if valid is not None:
-            x = x.masked_fill(~valid, 0)
-        out.view(rows, time).copy_(x)
+        out.view(rows, time).copy_(x if valid is None else x.masked_fill_(~valid, 0))
 
     ends = torch.zeros(1, time, dtype=torch.bool, device=device)
     ends[:, -1] = True
     sequence = None
     if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(time, dtype=cu_seqlens.dtype, device=device), right=True)
+        lengths = cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=time)
         if place is not None:
             sequence = torch.empty_like(sequence).scatter_(0, place[0], sequence)
         ends[0, :-1] = sequence[1:] != sequence[:-1]
@@ -277,13 +288,13 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
     for cut in cuts:
         f = torch.where(cut, r.new_zeros(()), f)
     if logprobs is None or old_logprobs is None:
-        y = reverse_scan(f, r + (g - f) * v_next)
+        y = reverse_scan_(f, ((g - f) * v_next).add_(r))
         if advantages is not None:
             store(advantages, y - v)
     else:
         ratio = torch.exp(load(logprobs) - load(old_logprobs))
         rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
-        y = reverse_scan(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
+        y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
         if advantages is not None:
             y_next = torch.nn.functional.pad(y[:, 1:], (0, 1))
             for cut in cuts:
