@@ -29,6 +29,11 @@ def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VO
     sum(r.sum() for r in results).backward() if isinstance(results, tuple) else results.sum().backward()
 
 
+def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any) -> None:
+    logits, tokens = _logits(dtype, vocabulary=vocabulary)
+    rk.fused_policy_loss(logits, tokens, torch.zeros(ROWS), torch.zeros(ROWS), config=config, backend="triton", **options).loss.backward()
+
+
 def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: torch.dtype = torch.float32) -> None:
     """With every input there is, so that nothing is left out of what is compiled."""
     shape = (96,) if packed else ROWS
