@@ -86,6 +86,20 @@ def liger_grpo_loss(logits: Tensor, ids: Tensor, old: Tensor, advantages: Tensor
     return triton_grpo_loss(logits, old, ref, ids, advantages, completion_mask=mask, **options)[0]
 
 
+def liger_linear_grpo_loss(hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Callable[[], Tensor]:
+    """Liger's chunked loss from hidden states, one sequence of one token each, so that every token may have its own advantage."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", chunk_size=max(1, ids.numel() // 4))
+    columns = [t.unsqueeze(1) for t in (ids, mask, old)]
+
+    def call() -> Tensor:
+        selected, attention, behaviour = columns
+        return loss(hidden.unsqueeze(1), weight, selected, attention, advantages, old_per_token_logps=behaviour)[0]
+
+    return call
+
+
 def with_gradient(function: Callable[[], Any], wanted: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """The call to be timed: forward, backward with these upstream gradients, and both results."""
 
