@@ -12,7 +12,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from ..config import PolicyLossConfig
 from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
-from .policy_terms import ESTIMATORS, Options, log_weight, objective, outside, surrogate_of
+from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
 
 METRICS = (
     "clip_fraction",
@@ -147,6 +147,9 @@ def _torch_path(
     def read(t: Tensor) -> Tensor:  # a masked position is never read
         return counted(per_token(t, x.logprobs, cu_seqlens).to(dtype), live)
 
+    def sum_of(values: Tensor) -> Tensor:
+        return counted(values, live).sum()
+
     def over_sequences(values: Tensor) -> Tensor:
         return to_tokens(sequence_sum(values, cu_seqlens), values, cu_seqlens)
 
@@ -168,7 +171,7 @@ def _torch_path(
         if config.ratio_level != "sequence_sum":
             raw = raw / length
     stopped = outside(raw, o.log_ratio_low, o.log_ratio_high)
-    log_r = surrogate_log_r = raw.clamp(o.log_ratio_low, o.log_ratio_high)
+    log_r = surrogate_log_r = clamp(raw, o.log_ratio_low, o.log_ratio_high)
     slope = None
     if surrogate.summand is not None:
         summand, slope = surrogate.summand(log_r, A, o)
@@ -188,42 +191,46 @@ def _torch_path(
     ref = None if x.ref_logprobs is None else read(x.ref_logprobs)
     loss, d_lp, d_log_r, d_own, kl = objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, config, o)
 
-    scale = m / length if config.aggregation == "seq-mean-token-mean" else m
     by = _divisor(config.aggregation, x.normalizer, m, cu_seqlens, o)
-    entropy_scale, entropy_by = scale, by
+    scale = 1 / length if config.aggregation == "seq-mean-token-mean" else None  # what the lengths put into the weight of a token
+    entropy_m, entropy_scale, entropy_by = m, scale, by
     own = config.own_entropy_aggregation
     if own:
-        entropy_scale = kept_m / kept_length if own == "seq-mean-token-mean" else kept_m
+        entropy_m, entropy_scale = kept_m, 1 / kept_length if own == "seq-mean-token-mean" else None
         entropy_by = _divisor(own, None, kept_m, cu_seqlens, o)
+    entropy_weights = entropy_m if entropy_scale is None else entropy_m * entropy_scale
+
+    def scaled(values: Tensor) -> Tensor:
+        return values if scale is None else values * scale
+
+    total = sum_of(scaled(loss)) / by
     h = None if x.entropy is None else read(x.entropy)
-    total = counted(scale * loss, live).sum() / by
     if h is not None and config.entropy_coef != 0:
-        total = total - config.entropy_coef * ((entropy_scale * h).sum() / entropy_by)
+        total = total - config.entropy_coef * ((entropy_weights * h).sum() / entropy_by)
+    loss_out.copy_(total)
 
     count = m.sum().clamp(min=1)
-    low, high, dual = surrogate.edges(lp, old, log_r, A, o)
     r = log_r.exp()
-    means = [low | high, low, high, dual, old - lp, kl, h, r]
+    low, high, dual = (t.sum() for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
+    sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else sum_of(t) for t in (kl, h)), sum_of(r)]
     largest = torch.where(m.any(), (r if live is None else r.masked_fill(~live, -torch.inf)).amax(), 0.0)
-    metrics = [torch.zeros_like(total) if t is None else counted(t.to(dtype), live).sum() / count for t in means]
-    loss_out.copy_(total)
-    results.copy_(torch.stack([1 / by, 1 / entropy_by, *metrics, largest]))
+    results.copy_(torch.stack([1 / by, 1 / entropy_by, *(t.to(dtype) / count for t in sums), largest]))
 
     if grad_entropy is not None:
-        grad_entropy.copy_(-o.entropy_coef * entropy_scale)
+        grad_entropy.copy_(-o.entropy_coef * entropy_weights)
     if grad_logprobs is not None:
-        gradient = scale * d_lp
+        gradient = d_lp
         if surrogate.summand is None:
             d_log_r = d_log_r + d_own
         elif slope is not None and isinstance(d_own, Tensor):
-            share = over_sequences(counted(scale * d_own, live)) / kept_length
-            gradient = gradient + share * counted(slope.masked_fill(stopped, 0.0), kept)
+            share = over_sequences(counted(d_own, live)) / kept_length
+            gradient = gradient + share * counted(zero_where(stopped, slope), kept)
         if isinstance(d_log_r, Tensor):
-            d_log_r = counted(scale * d_log_r, live).masked_fill(stopped, 0.0)
+            d_log_r = zero_where(stopped, d_log_r)
             if config.ratio_level in ("sequence", "sequence_sum"):
-                d_log_r = over_sequences(d_log_r) / (length if config.ratio_level == "sequence" else 1.0)
+                d_log_r = over_sequences(counted(d_log_r, live)) / (length if config.ratio_level == "sequence" else 1.0)
             gradient = gradient + d_log_r
-        grad_logprobs.copy_(counted(gradient, live))
+        grad_logprobs.copy_(counted(scaled(torch.as_tensor(gradient)), live))
 
 
 def _divisor(aggregation: str, normalizer: Tensor | None, m: Tensor, cu_seqlens: Tensor | None, o: Options) -> Tensor:

@@ -71,9 +71,20 @@ class Options(NamedTuple):
         )
 
 
-def outside(x: Tensor, low: float, high: float) -> Tensor:
-    """Where a clamp stops the gradient."""
-    return (x < low) | (x > high)
+def outside(x: Tensor, low: float, high: float) -> Tensor | None:
+    """Where a clamp stops the gradient; None: nowhere, there being no bound."""
+    if low == -INF:
+        return None if high == INF else x > high
+    return x < low if high == INF else (x < low) | (x > high)
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    return x if low == -INF and high == INF else x.clamp(low, high)
+
+
+def zero_where(where: Tensor | None, x: Tensor) -> Tensor:
+    """x, and 0 where ``where`` (None: nowhere)."""
+    return x if where is None else x.masked_fill(where, 0.0)
 
 
 # ---- surrogates: (lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r) -------------------------------------------------------------
@@ -85,9 +96,9 @@ Summand = Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]]
 
 
 def _clipped_branch(r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    free, clipped = r.clamp(max=o.ratio_cap) * A, r.clamp(o.low, o.high) * A
-    free_slope = A.masked_fill(r > o.ratio_cap, 0.0) if o.ratio_cap < INF else A
-    clipped_slope = A.masked_fill(outside(r, o.low, o.high), 0.0)
+    free, clipped = clamp(r, -INF, o.ratio_cap) * A, clamp(r, o.low, o.high) * A
+    free_slope = zero_where(outside(r, -INF, o.ratio_cap), A)
+    clipped_slope = zero_where(outside(r, o.low, o.high), A)
     slope = torch.where(free < clipped, free_slope, torch.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
     return -torch.minimum(free, clipped), -slope
 
@@ -110,7 +121,7 @@ def clip_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) ->
 
 
 def cispo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    slope = -log_r.exp().clamp(o.low, o.high) * A
+    slope = -clamp(log_r.exp(), o.low, o.high) * A
     return slope * lp, slope, 0.0
 
 
@@ -179,7 +190,7 @@ def _dppo_ratio(log_r: Tensor, A: Tensor, dropped: Tensor) -> tuple[Tensor, Deri
 
 
 def _dppo_score(lp: Tensor, log_r: Tensor, A: Tensor, dropped: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    slope = (-log_r.exp().clamp(max=o.ratio_cap) * A).masked_fill(dropped, 0.0)
+    slope = (-clamp(log_r.exp(), -INF, o.ratio_cap) * A).masked_fill(dropped, 0.0)
     return (slope * lp).masked_fill(dropped, 0.0), slope, 0.0
 
 
@@ -282,13 +293,17 @@ ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Derivative]]] = {
 }
 
 
-def kl_penalty(lp: Tensor, ref: Tensor, weight: Tensor, estimator: str, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL, d KL / d lp, d KL / d weight): input clamp, estimator, times the weight, output clamp."""
+def kl_penalty(lp: Tensor, ref: Tensor, weight: Tensor | None, estimator: str, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, d KL / d lp, weight d KL / d weight): input clamp, estimator, times the weight (None: 1), output clamp."""
     d = ref - lp
-    value, slope = ESTIMATORS[estimator](d.clamp(o.kl_input_low, o.kl_input_high))
-    kl = value * weight
-    stopped = outside(d, o.kl_input_low, o.kl_input_high) | outside(kl, o.kl_output_low, o.kl_output_high)
-    return kl.clamp(o.kl_output_low, o.kl_output_high), (-slope * weight).masked_fill(stopped, 0.0), value.masked_fill(stopped, 0.0)
+    value, slope = ESTIMATORS[estimator](clamp(d, o.kl_input_low, o.kl_input_high))
+    if not isinstance(slope, Tensor):
+        slope = torch.full_like(value, slope)
+    if weight is not None:
+        value, slope = value * weight, slope * weight
+    stopped = (outside(d, o.kl_input_low, o.kl_input_high), outside(value, o.kl_output_low, o.kl_output_high))
+    d_lp, d_weight = (zero_where(stopped[1], zero_where(stopped[0], x)) for x in (-slope, value))
+    return clamp(value, o.kl_output_low, o.kl_output_high), d_lp, d_weight
 
 
 def objective(
@@ -317,7 +332,7 @@ def objective(
     d_log_r: Derivative = 0.0
     kl = None
     if ref is not None:
-        weight = torch.ones_like(lp)
+        weight = None
         if config.kl_ratio_weighted is True:
             weight = log_r.exp()
         elif config.kl_ratio_weighted == "sampling" and sampling is not None:
@@ -326,7 +341,7 @@ def objective(
         loss = loss + o.kl_coef * kl
         d_lp = d_lp + o.kl_coef * d_kl
         if config.kl_ratio_weighted is True:
-            d_log_r = o.kl_coef * d_weight * weight
+            d_log_r = o.kl_coef * d_weight
         elif config.kl_ratio_weighted:
-            d_lp = d_lp + o.kl_coef * d_weight * weight
+            d_lp = d_lp + o.kl_coef * d_weight
     return loss, d_lp, d_log_r, d_own, kl
