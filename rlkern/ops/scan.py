@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,22 +76,23 @@ def lambda_returns(
     """
     if validate and cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=True)
-    dtype = result_dtype(rewards, values)
-    returns = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
-    advantages = torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=rewards.device)
-    if rewards.numel():
-        steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
-        sequences = (last_values, cu_seqlens, gammas, lams)
-        run = _triton if backend == "triton" else _torch
-        run(
-            Steps(*(None if x is None else _rows(x) for x in steps)),  # type: ignore[arg-type]
-            Sequences(*(None if x is None else x.reshape(-1).contiguous() for x in sequences)),
-            Numbers(gamma, lam, rho_clip, c_clip),
-            decay,
-            advantages if with_advantages else None,
-            returns,
+    dtype, device = result_dtype(rewards, values), rewards.device
+    if rewards.numel() == 0:
+        return torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=device), torch.empty(
+            rewards.shape, dtype=dtype, device=device
         )
-    return advantages, returns
+    steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
+    sequences = (last_values, cu_seqlens, gammas, lams)
+    run = _triton if backend == "triton" else _torch
+    advantages, returns = run(
+        Steps(*(None if x is None else _rows(x) for x in steps)),  # type: ignore[arg-type]
+        Sequences(*(None if x is None else x.reshape(-1).contiguous() for x in sequences)),
+        Numbers(gamma, lam, rho_clip, c_clip),
+        decay,
+        with_advantages,
+        dtype,
+    )
+    return torch.empty(0, dtype=dtype, device=device) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
 @lambda_returns.register_fake
@@ -126,9 +128,13 @@ class TileConfig:
         return cls(rows=rows, lanes=lanes, warps=rows * lanes // 64)  # 8 steps a thread
 
 
-def _triton(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, advantages: Tensor | None, returns: Tensor) -> None:
+def _triton(
+    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
     from ..kernels import scan as kernels
 
+    returns = torch.empty(steps.rewards.shape, dtype=dtype, device=steps.rewards.device)
+    advantages = torch.empty_like(returns) if with_advantages else None
     if sequences.cu_seqlens is None:
         rows, length = steps.rewards.shape
         strides = [0 if x is None else x.stride(0) for x in steps]
@@ -143,7 +149,7 @@ def _triton(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, a
     # next_values, is more than the one number that is handed on between the parts.
     one_number = steps.logprobs is None and (steps.truncated is None or steps.next_values is not None)
     chunks = -(-longest // tile) if one_number and longest >= 8 * tile and rows < multiprocessors(returns) else 1
-    summary = torch.empty(rows, chunks, 2, dtype=returns.dtype, device=returns.device) if chunks > 1 else None
+    summary = returns.new_empty(rows, chunks, 2) if chunks > 1 else None
     with device_of(returns):
         for summarise in (False,) if summary is None else (True, False):
             kernels.lambda_returns_kernel[(-(-rows // config.rows) * chunks,)](
@@ -164,6 +170,7 @@ def _triton(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, a
                 SUMMARISE=summarise,
                 num_warps=config.warps,
             )
+    return advantages, returns
 
 
 # ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
@@ -187,35 +194,44 @@ def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
     y = by_step.unbind()
     product = torch.empty_like(y[0])
     product_bits = product.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-
-    def nonzero_bits(z: Tensor) -> tuple[Tensor, ...]:
-        """All ones where z is not 0, else all zeros: ANDed with a product it stops a NaN, which times 0 is NaN. Far quicker than masked_fill."""
-        return (z != 0).to(product_bits.dtype).neg_().unbind()
-
-    across: float | Tensor  # f through a whole chunk, and `through` from each step to the end of its chunk; float64 where that costs nothing
+    # What leads from each step to the next, and later to the end of its chunk; and the same as bits, all ones where that is not 0: ANDed with a
+    # product they stop a NaN, as multiplying by 0 would not, and much quicker than masked_fill.
+    through: Sequence[Tensor]
+    passing: Sequence[Tensor] | None = None
     if isinstance(f, Tensor):
         f = _by_step(f.expand(rows, time), chunks, size)
-        through, passing = f.unbind(), nonzero_bits(f)
-        for t in range(size - 2, -1, -1):
-            torch.mul(y[t + 1], through[t], out=product)
-            product_bits.bitwise_and_(passing[t])
-            y[t].add_(product)
-            through[t].mul_(through[t + 1])
-        across, passing = through[0].view(rows, chunks).double(), nonzero_bits(f)
+        through, passing = f.unbind(), (f != 0).to(product_bits.dtype).neg_().unbind()
     else:
-        for t in range(size - 2, -1, -1):
-            y[t].add_(torch.mul(y[t + 1], f, out=product))
-        powers = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)
-        across, through, passing = f**size, powers.unbind(), None
+        through = [torch.full((), f, dtype=x.dtype, device=x.device)] * size
+
+    def add(t: int, after: Tensor) -> None:
+        torch.mul(after, through[t], out=product)
+        if passing is not None:
+            product_bits.bitwise_and_(passing[t])
+        y[t].add_(product)
+
+    for t in range(size - 2, -1, -1):
+        add(t, y[t + 1])
+        if passing is not None:
+            through[t].mul_(through[t + 1])
+            passing[t].bitwise_and_(passing[t + 1])
     if chunks > 1:
+        # In float64, which costs nothing here, so that the error does not grow with the number of chunks.
+        across: float | Tensor
+        if isinstance(f, Tensor):
+            across = through[0].view(rows, chunks).double()
+        else:
+            across = f**size
+            through = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype).unbind()
         heads = reverse_scan_(across, y[0].view(rows, chunks).to(torch.float64, copy=True))
         carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(-1)
         for t in range(size):
-            torch.mul(carry, through[t], out=product)
-            if passing is not None:
-                product_bits.bitwise_and_(passing[t])
-            y[t].add_(product)
-    return x.copy_(by_step.t().reshape(rows, chunks * size)[:, chunks * size - time :])
+            add(t, carry)
+    if time % size == 0:
+        x.view(-1, size).copy_(by_step.t())
+    else:
+        x.copy_(by_step.t().reshape(rows, -1)[:, -time:])
+    return x
 
 
 def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
@@ -227,12 +243,14 @@ def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
 
 
 def _valid_last(valid: Tensor) -> Tensor:
-    """Where each step of a row ``[rows, time]`` goes for the valid ones to lie together at its end, in their order; the others all go to the front."""
+    """Where each step of ``[rows, time]`` goes for the valid ones to lie together at the end, in their order; the others all go to the front."""
     place = valid.cumsum(1)
     return place.add_(valid.shape[1] - 1 - place[:, -1:].clone()).mul_(valid)
 
 
-def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, advantages: Tensor | None, returns: Tensor) -> None:
+def _torch(
+    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
     """As the kernel, over whole tensors; packed tokens are one row, cut at the ends of its sequences.
 
     Where masked steps are to be skipped, the valid ones first move together to the end of their row, and get what they would on their own. What the
@@ -240,7 +258,7 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
     """
     rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated = steps
     last_values, cu_seqlens, gammas, lams = sequences
-    dtype, device, (rows, time) = returns.dtype, returns.device, rewards.shape
+    device, (rows, time) = rewards.device, rewards.shape
     valid = None if mask is None else mask != 0
     place = None if valid is None or decay else _valid_last(valid)
 
@@ -250,10 +268,10 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
             return torch.zeros_like(x).scatter_(1, place, x)
         return x if valid is None else x.masked_fill(~valid, 0)
 
-    def store(out: Tensor, x: Tensor) -> None:
+    def finish(x: Tensor) -> Tensor:
         if place is not None:
             x = x.gather(1, place)
-        out.view(rows, time).copy_(x if valid is None else x.masked_fill_(~valid, 0))
+        return x if valid is None else x.masked_fill_(~valid, 0)
 
     ends = torch.zeros(1, time, dtype=torch.bool, device=device)
     ends[:, -1] = True
@@ -271,11 +289,12 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
 
     r = load(rewards)
     v = torch.zeros_like(r) if values is None else load(values)
-    v_next = torch.nn.functional.pad(v[:, 1:], (0, 1))
+    beyond = r.new_zeros(1, 1) if last_values is None else by_sequence(last_values)
+    v_next = torch.cat([v[:, 1:], beyond[:, -1:].expand(rows, 1)], 1)
     cuts = []
     if sequence is not None or last_values is not None:
         cuts.append(ends)
-        v_next = v_next.masked_fill(ends, 0) if last_values is None else torch.where(ends, by_sequence(last_values), v_next)
+        v_next = torch.where(ends, beyond, v_next)
     if truncated is not None:
         cuts.append(load(truncated, torch.bool))
         v_next = v_next if next_values is None else torch.where(cuts[-1], load(next_values), v_next)
@@ -289,15 +308,11 @@ def _torch(steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, ad
         f = torch.where(cut, r.new_zeros(()), f)
     if logprobs is None or old_logprobs is None:
         y = reverse_scan_(f, ((g - f) * v_next).add_(r))
-        if advantages is not None:
-            store(advantages, y - v)
-    else:
-        ratio = torch.exp(load(logprobs) - load(old_logprobs))
-        rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
-        y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
-        if advantages is not None:
-            y_next = torch.nn.functional.pad(y[:, 1:], (0, 1))
-            for cut in cuts:
-                y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
-            store(advantages, rho * (r + (g - f) * v_next + f * y_next - v))
-    store(returns, y)
+        return finish(y - v) if with_advantages else None, finish(y)
+    ratio = torch.exp(load(logprobs) - load(old_logprobs))
+    rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
+    y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
+    y_next = torch.cat([y[:, 1:], y.new_zeros(rows, 1)], 1)
+    for cut in cuts:
+        y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
+    return finish(rho * (r + (g - f) * v_next + f * y_next - v)), finish(y)
