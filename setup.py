@@ -7,6 +7,6 @@ Everything else stands in pyproject.toml. The folder has no ``__init__.py`` of i
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["rlkern", "rlkern.*"], exclude=["rlkern.kernels"]) + ["rlkern.kernels"],
+    packages=[*find_packages(include=["rlkern", "rlkern.*"], exclude=["rlkern.kernels"]), "rlkern.kernels"],
     package_dir={"rlkern.kernels": "kernels"},
 )
