@@ -1,8 +1,6 @@
 """policy_loss on tokens, both backends against the float64 reference: values, gradients and metrics, over what a configuration and a batch can be."""
 
 import dataclasses
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -679,10 +677,3 @@ def test_small_kl_keeps_its_digits(device):
         kl = rk.policy_loss(lp, None, torch.zeros_like(lp), mask=only, ref_logprobs=ref, config=config, backend="triton").metrics["kl"]
         exact = torch.expm1(d[i]) - d[i]
         assert error(kl, exact) < 1e-5 * exact
-
-
-def test_examples_of_the_documentation_run():
-    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
-    names: dict[str, Any] = {}
-    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(example, names)
