@@ -318,3 +318,25 @@ def loss_kernel(
     for k in tl.range(0, blocks):
         column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
         store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, entropy_weights_ptr is not None)
+
+
+@triton.jit(do_not_specialize=["inner"])
+def restrict_kernel(x_ptr, out_ptr, offsets_ptr, token_ids_ptr, rows_ptr, V, inner, outer_stride, inner_stride, BLOCK: tl.constexpr):
+    """A row of ``out [rows, V]``: -inf, but for the kept tokens, which are all that is read. ``rows_ptr``: where a row's kept tokens are listed."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = row
+    if rows_ptr is not None:
+        listed = tl.load(rows_ptr + row).to(tl.int64)
+    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
+    out_row = out_ptr + row * V
+    for begin in tl.range(0, V, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        tl.store(out_row + column, tl.full([BLOCK], softmax.NEG_INF, tl.float32).to(out_ptr.dtype.element_ty), mask=column < V)
+    tl.debug_barrier()  # kept logits go where other threads have just written
+    start = tl.load(offsets_ptr + listed).to(tl.int64)
+    stop = tl.load(offsets_ptr + listed + 1).to(tl.int64)
+    for begin in range(start, stop, BLOCK):
+        k = begin + tl.arange(0, BLOCK)
+        column = tl.load(token_ids_ptr + k, mask=k < stop, other=-1)
+        there = (column >= 0) & (column < V)
+        tl.store(out_row + column, tl.load(x_row + column, mask=there, other=0.0), mask=there)

@@ -3,12 +3,13 @@
 from .advantages import discounted_returns, gae, group_advantages, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
-from .logprobs import linear_token_logprobs, token_logprobs
+from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
 from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KeptTokens",
     "LossOutput",
     "PolicyLossConfig",
     "__version__",

@@ -12,9 +12,10 @@ from . import reference
 from ._backend import choose_backend, choose_validate
 from ._checks import check_choice, check_tensor, state_dtype
 from .config import PolicyLossConfig
-from .logprobs import LinearInputs, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
+from .logprobs import KeptTokens, LinearInputs, check_keep, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
 from .losses import LossOutput, check_tokens, token_weights
 from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
+from .ops.keep import Restrict
 from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
 from .ops.policy import Tokens
@@ -122,6 +123,7 @@ def fused_policy_loss(
     config: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008  (frozen)
     with_entropy: bool = True,
     inplace: bool = False,
+    keep: KeptTokens | None = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -131,7 +133,7 @@ def fused_policy_loss(
     neither GMPO, VESPO nor the off-policy mask), d loss / d logits is made in the forward; otherwise in the backward.
 
     Args:
-        logits, ids, temperature, softcap, logit_scale: as in :func:`rlkern.token_logprobs`; ids of -100 count as masked.
+        logits, ids, temperature, softcap, logit_scale, keep: as in :func:`rlkern.token_logprobs`; ids of -100 count as masked.
         old_logprobs, advantages, mask, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask, normalizer, cu_seqlens, config: as in
             :func:`rlkern.policy_loss`.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
@@ -167,6 +169,9 @@ def fused_policy_loss(
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
+    if keep is not None:  # the gradient may go over the copy, which is ours
+        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], must_validate), backend)
+        inplace = True
     if not (torch.is_grad_enabled() and logits.requires_grad and config.is_token_level):
         logprobs, entropy = TokenLogprobs.apply(
             logits, ids, objective.tokens.mask, per_token, scale, cap, with_entropy, inplace, must_validate, backend
@@ -207,6 +212,7 @@ def fused_linear_policy_loss(
     chunk_bytes: int | None = None,
     rows: Tensor | None = None,
     compact: bool | None = None,
+    keep: KeptTokens | None = None,
     mode: Literal["in-forward", "recompute", "frozen-head"] | None = None,
     validate: bool | None = None,
     backend: str | None = None,
@@ -218,7 +224,7 @@ def fused_linear_policy_loss(
     :func:`rlkern.linear_token_logprobs` makes them.
 
     Args:
-        hidden, weight, ids, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes: as in :func:`rlkern.linear_token_logprobs`.
+        hidden, weight, ids, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, keep: as in :func:`rlkern.linear_token_logprobs`.
         old_logprobs, advantages, mask, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask, normalizer, cu_seqlens, config: as in
             :func:`rlkern.policy_loss`; ids of -100 count as masked.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
@@ -251,6 +257,7 @@ def fused_linear_policy_loss(
         chunk_bytes=chunk_bytes,
         rows=rows,
         compact=compact,
+        keep=keep,
         validate=validate,
         backend=backend,
     )
@@ -307,6 +314,7 @@ def fused_linear_loss(
     chunk_bytes: int | None = None,
     rows: Tensor | None = None,
     compact: bool | None = None,
+    keep: KeptTokens | None = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -315,7 +323,7 @@ def fused_linear_loss(
         loss = sum_i a_i loss_fn(logprobs_i, entropy_i, *per_token_i)      with the weights a of ``aggregation``
 
     Args:
-        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, validate, backend: as in
+        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, keep, validate, backend: as in
             :func:`rlkern.linear_token_logprobs`.
         loss_fn: ``loss_fn(logprobs, entropy, *per_token) -> loss``, in PyTorch operations that autograd can differentiate, on a chunk of tokens: the
             first two are ``[n]``, float32 (float64 for float64), the result must be too. The loss of a token may depend on that token only.
@@ -342,6 +350,7 @@ def fused_linear_loss(
         chunk_bytes=chunk_bytes,
         rows=rows,
         compact=compact,
+        keep=keep,
         validate=validate,
         backend=backend,
     )
@@ -390,6 +399,8 @@ def fused_linear_loss(
                 counted,
                 x.temperature,
                 x.rows,
+                x.offsets,
+                x.token_ids,
                 x.scale,
                 x.cap,
                 x.logits_dtype,
@@ -416,6 +427,8 @@ def _in_forward(x: LinearInputs, objective: Objective, needs: tuple[bool, bool, 
         objective.live(),
         x.temperature,
         x.rows,
+        x.offsets,
+        x.token_ids,
         *objective.rows(),
         *objective.weights(),
         per_token_config(objective.config).text,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
+from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs
 
@@ -47,6 +48,42 @@ def check_writable(option: str, logits: Tensor) -> None:
         raise ValueError(f"{option} needs logits whose elements do not share memory, got strides {logits.stride()}")
 
 
+class KeptTokens(NamedTuple):
+    """The support that a sampler left of each row's distribution: row i keeps ``token_ids[offsets[i] : offsets[i + 1]]``, each token once.
+
+    offsets: ``[N + 1]``, token_ids: ``[nnz]``, int32 or int64, for the N positions of flattened ``S``.
+    """
+
+    offsets: Tensor
+    token_ids: Tensor
+
+    @classmethod
+    def from_mask(cls, kept: Tensor) -> KeptTokens:
+        """From ``S + [V]``, non-zero where a token was kept. Counts them: a synchronisation on a GPU."""
+        check_tensor("kept", kept, min_dim=2)
+        flat = kept.reshape(-1, kept.shape[-1]) != 0
+        return cls(torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0)), flat.nonzero()[:, 1])
+
+
+def check_keep(keep: KeptTokens, ids: Tensor, vocabulary: int, validate: bool) -> tuple[Tensor, Tensor]:
+    """Check the kept tokens; gives offsets and token ids."""
+    if not isinstance(keep, KeptTokens):
+        raise TypeError(f"keep must be a KeptTokens, got {type(keep).__name__}")
+    offsets, token_ids = keep
+    check_tensor("keep.offsets", offsets, shape=(ids.numel() + 1,), dtypes=INTS, device=ids.device)
+    check_tensor("keep.token_ids", token_ids, dtypes=INTS, device=ids.device)
+    if token_ids.dim() != 1:
+        raise ValueError(f"keep.token_ids must be 1-D, got shape {tuple(token_ids.shape)}")
+    if validate:
+        if int(offsets[0]) != 0 or int(offsets[-1]) != token_ids.numel() or bool((offsets[1:] < offsets[:-1]).any()):
+            raise ValueError(f"keep.offsets must rise from 0 to the number of token_ids, {token_ids.numel()}")
+        wrong = (token_ids < 0) | (token_ids >= vocabulary)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"keep.token_ids[{at}] is {int(token_ids[at])}, outside the vocabulary [0, {vocabulary})")
+    return offsets.contiguous(), token_ids.contiguous()
+
+
 class LinearInputs(NamedTuple):
     """Checked arguments of a function from hidden states, the per-token ones flattened to ``[N]``."""
 
@@ -57,6 +94,8 @@ class LinearInputs(NamedTuple):
     mask: Tensor | None
     temperature: Tensor | None
     rows: Tensor | None
+    offsets: Tensor | None
+    token_ids: Tensor | None
     scale: float
     cap: float | None
     logits_dtype: torch.dtype
@@ -86,6 +125,7 @@ def check_linear(
     chunk_bytes: int | None,
     rows: Tensor | None,
     compact: bool | None,
+    keep: KeptTokens | None,
     validate: bool | None,
     backend: str | None,
 ) -> LinearInputs:
@@ -113,6 +153,7 @@ def check_linear(
             raise ValueError(f"rows must be 1-D positions in the flattened ids, got shape {tuple(rows.shape)}")
         if must_validate and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < ids.numel() and rows.unique().numel() == rows.numel()):
             raise ValueError(f"rows must be different positions in [0, {ids.numel()}), got {rows.tolist() if rows.numel() < 20 else rows}")
+    offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], must_validate)
     return LinearInputs(
         hidden.reshape(-1, width),
         weight,
@@ -121,6 +162,8 @@ def check_linear(
         None if mask is None else mask.flatten(),
         None if per_token is None else per_token.flatten(),
         None if rows is None else rows.long(),
+        offsets,
+        token_ids,
         scale,
         cap,
         dtype,
@@ -142,6 +185,7 @@ def token_logprobs(
     logit_scale: float = ...,
     with_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
+    keep: KeptTokens | None = ...,
     validate: bool | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -158,6 +202,7 @@ def token_logprobs(
     logit_scale: float = ...,
     with_entropy: Literal[True],
     inplace_backward: bool = ...,
+    keep: KeptTokens | None = ...,
     validate: bool | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -173,6 +218,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     with_entropy: bool = False,
     inplace_backward: bool = False,
+    keep: KeptTokens | None = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -195,6 +241,8 @@ def token_logprobs(
         with_entropy: also return the entropy.
         inplace_backward: write the gradient over ``logits`` during the backward, which saves a tensor of their size. Safe when nothing else needs
             them after; where autograd saved them for something else, that raises.
+        keep: the tokens that the sampler's top-k or top-p left in each row, over which alone the sums run; an id that is not among them has
+            log-prob -inf.
         validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Unchecked, a row
             whose id does not is NaN.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
@@ -209,10 +257,11 @@ def token_logprobs(
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     if inplace_backward:
         check_writable("inplace_backward=True", logits)
-    backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
-    logprob, entropy = TokenLogprobs.apply(
-        logits, ids, mask, per_token, scale, cap, with_entropy, inplace_backward, choose_validate(validate, logits), backend
-    )
+    backend, must_validate = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES), choose_validate(validate, logits)
+    if keep is not None:  # the gradient may go over the copy, which is ours
+        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], must_validate), backend)
+        inplace_backward = True
+    logprob, entropy = TokenLogprobs.apply(logits, ids, mask, per_token, scale, cap, with_entropy, inplace_backward, must_validate, backend)
     return (logprob, entropy) if with_entropy else logprob
 
 
@@ -231,6 +280,7 @@ def linear_token_logprobs(
     chunk_bytes: int | None = None,
     rows: Tensor | None = None,
     compact: bool | None = None,
+    keep: KeptTokens | None = None,
     mode: Literal["recompute", "frozen-head"] | None = None,
     validate: bool | None = None,
     backend: str | None = None,
@@ -247,7 +297,7 @@ def linear_token_logprobs(
     Args:
         hidden: ``S + [H]``; float16, bfloat16, float32, or float64 (torch backend).
         weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
-        ids, mask, temperature, softcap, logit_scale, with_entropy, validate, backend: as in :func:`token_logprobs`.
+        ids, mask, temperature, softcap, logit_scale, with_entropy, keep, validate, backend: as in :func:`token_logprobs`.
         bias: ``[V]``.
         logits_dtype: dtype of the logits of a chunk: that of the product (default), or float32, for products of bfloat16 that are not rounded.
         chunk_bytes: memory for the logits of a chunk. Default: 64 MiB on a CPU, 1 GiB on a GPU.
@@ -274,6 +324,7 @@ def linear_token_logprobs(
         chunk_bytes=chunk_bytes,
         rows=rows,
         compact=compact,
+        keep=keep,
         validate=validate,
         backend=backend,
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fused import PolicyRows
+from .keep import restrict_into
 from .logits import check_ids, empty_statistics, forward_into, gradient_into, live_rows
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
@@ -57,11 +58,15 @@ class Head:
     logits_dtype: torch.dtype
     chunk: int
     index: Tensor | None
+    offsets: Tensor | None  # with token_ids: the tokens that a row's distribution is restricted to
+    token_ids: Tensor | None
+    backend: str
 
     rows: int = field(init=False)
     size: int = field(init=False)
     operand: torch.dtype = field(init=False)
     buffer: Tensor = field(init=False)
+    restricted: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = self.hidden.shape[0] if self.index is None else self.index.numel()
@@ -71,6 +76,7 @@ class Head:
             self.operand = self.logits_dtype  # a CPU has no products of mixed precision
         self.weight = self.weight.to(self.operand)
         self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)
+        self.restricted = None if self.token_ids is None else torch.empty_like(self.buffer)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the rows that take part."""
@@ -91,6 +97,11 @@ class Head:
             product(h, self.weight.t(), logits)
             if self.bias is not None:
                 logits.add_(self.bias)
+        if self.restricted is not None and self.offsets is not None and self.token_ids is not None:
+            where = self.where(rows)
+            where = torch.arange(rows.start, rows.stop, device=logits.device) if isinstance(where, slice) else where
+            whole, logits = logits, self.restricted[: h.shape[0]]
+            restrict_into(logits, whole, self.offsets, self.token_ids, where, self.backend)
         return h, logits
 
 
@@ -210,6 +221,8 @@ def linear_logprobs_op(
     mask: Tensor | None,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     scale: float,
     cap: float | None,
     logits_dtype: torch.dtype,
@@ -224,7 +237,7 @@ def linear_logprobs_op(
     if validate:
         check_ids(ids, mask, weight.shape[0])
     index = taking_part(live_rows(ids, mask), rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
     per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
     out = empty_statistics(head.buffer, (head.rows,), with_entropy)
     jacobian = Gradients(head, with_jacobian, False, False)
@@ -247,6 +260,8 @@ def _(
     mask: Tensor | None,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     scale: float,
     cap: float | None,
     logits_dtype: torch.dtype,
@@ -272,6 +287,8 @@ def linear_logprobs_backward_op(
     mask: Tensor | None,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     entropy: Tensor,
     row_max: Tensor,
     log2_sum: Tensor,
@@ -288,7 +305,7 @@ def linear_logprobs_backward_op(
     """d loss / d (hidden, weight, bias) by making the logits again; empty where not needed, those of weight and bias in float32 at least."""
     live = live_rows(ids, mask) & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
     per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
     a, b = pick(grad_logprob, index), pick_optional(grad_entropy, index)
     saved = (pick(entropy, index) if entropy.numel() else entropy, pick(row_max, index), pick(log2_sum, index))
@@ -321,6 +338,8 @@ def _(
     mask: Tensor | None,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     entropy: Tensor,
     row_max: Tensor,
     log2_sum: Tensor,
@@ -350,6 +369,8 @@ class LinearLogprobs(torch.autograd.Function):
         mask: Tensor | None,
         temperature: Tensor | None,
         rows: Tensor | None,
+        offsets: Tensor | None,
+        token_ids: Tensor | None,
         scale: float,
         cap: float | None,
         logits_dtype: torch.dtype,
@@ -361,11 +382,38 @@ class LinearLogprobs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         logprob, entropy, row_max, log2_sum, jacobian = linear_logprobs_op(
-            hidden, weight, bias, ids, mask, temperature, rows, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend
+            hidden,
+            weight,
+            bias,
+            ids,
+            mask,
+            temperature,
+            rows,
+            offsets,
+            token_ids,
+            scale,
+            cap,
+            logits_dtype,
+            chunk,
+            with_entropy,
+            frozen,
+            compact,
+            validate,
+            backend,
         )
         recomputes = with_entropy or not frozen
         ctx.save_for_backward(
-            *((hidden, weight, bias) if recomputes else (None,) * 3), ids, mask, temperature, rows, entropy, row_max, log2_sum, jacobian
+            *((hidden, weight, bias) if recomputes else (None,) * 3),
+            ids,
+            mask,
+            temperature,
+            rows,
+            offsets,
+            token_ids,
+            entropy,
+            row_max,
+            log2_sum,
+            jacobian,
         )
         ctx.frozen = frozen
         ctx.options = (scale, cap, logits_dtype, chunk)
@@ -379,11 +427,11 @@ class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, mask, temperature, rows, entropy, row_max, log2_sum, jacobian = ctx.saved_tensors
+        hidden, weight, bias, ids, mask, temperature, rows, offsets, token_ids, entropy, row_max, log2_sum, jacobian = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if entropy.numel() == 0:
             grad_entropy = None
-        grads: list[Tensor | None] = [None] * 16
+        grads: list[Tensor | None] = [None] * 18
         if ctx.frozen and grad_logprob is not None:
             upstream = torch.where(live_rows(ids, mask), grad_logprob, 0.0).unsqueeze(1)
             grads[0] = (upstream * jacobian).to(jacobian.dtype)
@@ -393,9 +441,25 @@ class LinearLogprobs(torch.autograd.Function):
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(row_max)
         dh, dw, db = linear_logprobs_backward_op(
-            grad_logprob, grad_entropy, hidden, weight, bias, ids, mask, temperature, rows, entropy, row_max, log2_sum, *ctx.options, *needs,
-            ctx.compact, ctx.backend,
-        )  # fmt: skip
+            grad_logprob,
+            grad_entropy,
+            hidden,
+            weight,
+            bias,
+            ids,
+            mask,
+            temperature,
+            rows,
+            offsets,
+            token_ids,
+            entropy,
+            row_max,
+            log2_sum,
+            *ctx.options,
+            *needs,
+            ctx.compact,
+            ctx.backend,
+        )
         if needs[0]:
             grads[0] = dh if grads[0] is None else grads[0] + dh
         if needs[1]:
@@ -416,6 +480,8 @@ def gradients_in_forward(
     live: Tensor,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     scale: float,
     cap: float | None,
     logits_dtype: torch.dtype,
@@ -434,7 +500,7 @@ def gradients_in_forward(
     if validate:
         check_ids(ids, live, weight.shape[0])
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
     per_row = Rows.of(index, ids, live, temperature, scale, cap, backend)
     out = empty_statistics(head.buffer, (head.rows,), with_entropy)
     gradients = Gradients(head, *needs)
@@ -465,6 +531,8 @@ def linear_policy_gradients_op(
     live: Tensor,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
@@ -497,7 +565,7 @@ def linear_policy_gradients_op(
         return a, None if entropy_weights is None else entropy_weights[rows]
 
     options = (scale, cap, logits_dtype, chunk, with_entropy, (needs_hidden, needs_weight, needs_bias), compact, validate, backend)
-    return gradients_in_forward(hidden, weight, bias, ids, live, temperature, rows, *options, slopes)
+    return gradients_in_forward(hidden, weight, bias, ids, live, temperature, rows, offsets, token_ids, *options, slopes)
 
 
 @linear_policy_gradients_op.register_fake
@@ -509,6 +577,8 @@ def _(
     live: Tensor,
     temperature: Tensor | None,
     rows: Tensor | None,
+    offsets: Tensor | None,
+    token_ids: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
