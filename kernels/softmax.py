@@ -22,16 +22,21 @@ def anchored(m):
 
 
 @triton.jit
+def shift(m, m_new, c):
+    """How far, in bits, distances from a maximum move as it rises: 0 at most, and 0 for a state that holds nothing yet."""
+    return tl.where(m == NEG_INF, 0.0, (m - anchored(m_new)) * c)
+
+
+@triton.jit
 def update(m, s, t, x, c, ENTROPY: tl.constexpr):
     """Take a block ``x`` into the state: a scalar maximum, one 2^d an element, and vector sums that are reduced only at the end."""
     m_new = tl.maximum(m, tl.max(x, 0))
-    anchor = anchored(m_new)
-    shift = tl.where(m == NEG_INF, 0.0, (m - anchor) * c)
-    scale = tl.exp2(shift)
-    d = (x - anchor) * c
+    moved = shift(m, m_new, c)
+    scale = tl.exp2(moved)
+    d = (x - anchored(m_new)) * c
     e = tl.exp2(d)
     if ENTROPY:
-        t = scale * (t + shift * s) + e * tl.maximum(d, LOWEST)
+        t = scale * (t + moved * s) + e * tl.maximum(d, LOWEST)
     return m_new, scale * s + e, t
 
 
@@ -39,9 +44,9 @@ def update(m, s, t, x, c, ENTROPY: tl.constexpr):
 def merge(m, s, t, c, AXIS: tl.constexpr):
     """Merge states along an axis."""
     top = tl.max(m, AXIS)
-    shift = tl.where(m == NEG_INF, 0.0, (m - tl.expand_dims(anchored(top), AXIS)) * tl.expand_dims(c, AXIS))
-    scale = tl.exp2(shift)
-    return top, tl.sum(scale * s, AXIS), tl.sum(scale * (t + shift * s), AXIS)
+    moved = shift(m, tl.expand_dims(top, AXIS), tl.expand_dims(c, AXIS))
+    scale = tl.exp2(moved)
+    return top, tl.sum(scale * s, AXIS), tl.sum(scale * (t + moved * s), AXIS)
 
 
 @triton.jit

@@ -1,0 +1,217 @@
+"""Kernels over two logits tensors: KL, reverse KL and generalised Jensen-Shannon divergence of each row's softmaxes, and the gradient to the first.
+
+``x`` makes p (the policy, the student), ``y`` makes q (the reference, the teacher); see softmax.py for a row's ``m``, ``s`` and ``c``. Both are read
+once for a KL; a JSD needs both sums before its terms, so that it reads them again, backwards, from the cache. Log-ratios come from differences to the
+maxima, ``D = log2 p - log2 q = c ((x - m_p) - (y - m_q)) - (log2 s_p - log2 s_q)``, so that they are as exact as they are small.
+
+``-inf`` on both sides contributes nothing; ``x > -inf`` where ``y = -inf`` makes KL(p || q) infinite, however small p is.
+"""
+
+import triton
+import triton.language as tl
+
+from . import logits, softmax
+
+INF = tl.constexpr(float("inf"))
+# The least factor of a sum that may be infinite already: times 0 it would turn to NaN.
+LEAST = tl.constexpr(1e-37)
+
+
+@triton.jit
+def cross(t, s, m, m_new, other, other_new, x, y, c):
+    """Take a block into t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the block."""
+    shift = softmax.shift(m, m_new, c)
+    a = x - softmax.anchored(m_new)
+    b = y - softmax.anchored(other_new)
+    term = tl.where(y == softmax.NEG_INF, INF, tl.exp2(a * c) * ((a - b) * c))
+    term = tl.where(x == softmax.NEG_INF, 0.0, term)
+    return tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + term
+
+
+@triton.jit
+def load_block(x_row, y_row, column, V, live, cap, EVICTION: tl.constexpr):
+    """The same columns of both rows, soft-capped; -inf beyond them."""
+    # V itself bounds the columns, as in logits.segment_statistics.
+    x = tl.load(x_row + column, mask=(column < V) & live, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
+    y = tl.load(y_row + column, mask=(column < V) & live, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
+    return logits.soft_cap(x, cap), logits.soft_cap(y, cap)
+
+
+@triton.jit
+def log2_sum(s):
+    """log2 s; NaN for a row of -inf, which is no distribution."""
+    return tl.where(s == 0.0, float("nan"), tl.log2(s))
+
+
+@triton.jit
+def log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c):
+    """D = log2 p - log2 q; 0 where both are 0."""
+    D = ((x - m_p) - (y - m_q)) * c - (log2_p_sum - log2_q_sum)
+    return tl.where((x == softmax.NEG_INF) & (y == softmax.NEG_INF), 0.0, D)
+
+
+@triton.jit
+def to_mixture(D, beta):
+    """For M = (1 - beta) p + beta q:  log2 M minus the larger of log2 p and log2 q,  |D| (finite),  and 2^-|D|."""
+    apart = tl.minimum(tl.abs(D), -softmax.LOWEST)
+    smaller = tl.exp2(-apart)
+    weight = tl.where(D >= 0.0, beta, 1.0 - beta)  # of the smaller
+    return tl.log2((1.0 - weight) + weight * smaller), apart, smaller
+
+
+@triton.jit(do_not_specialize=["x_inner", "y_inner"])
+def divergence_kernel(
+    x_ptr,
+    y_ptr,
+    mask_ptr,
+    temperature_ptr,
+    result_ptr,
+    statistics_ptr,
+    V,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    y_inner,
+    y_outer_stride,
+    y_inner_stride,
+    scale,
+    cap,
+    beta,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a row. KIND: "kl" of (p || q), "reverse" for (q || p), or "jsd", of weight ``beta`` on q.
+
+    ``statistics_ptr [rows, 5]`` takes m_p, log2 s_p, m_q, log2 s_q and what the gradient subtracts, in nats: KL(p || q), 0, or KL(p || M).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    live = row >= 0
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    c = logits.row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
+    x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
+    y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
+    EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else "evict_first"
+    m_p = tl.full([], softmax.NEG_INF, tl.float32)
+    m_q = tl.full([], softmax.NEG_INF, tl.float32)
+    s_p = tl.zeros([BLOCK], tl.float32)
+    s_q = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    stop = tl.where(live, V, 0)  # a dead row has no columns
+    for begin in tl.range(0, stop, BLOCK, num_stages=STAGES):
+        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK), V, True, cap, EVICTION)
+        m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
+        m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
+        if KIND == "kl":
+            t = cross(t, s_p, m_p, m_p_new, m_q, m_q_new, x, y, c)
+        elif KIND == "reverse":
+            t = cross(t, s_q, m_q, m_q_new, m_p, m_p_new, y, x, c)
+        m_p = m_p_new
+        m_q = m_q_new
+        s_p = s_p_new
+        s_q = s_q_new
+    p_sum = tl.sum(s_p, 0)
+    q_sum = tl.sum(s_q, 0)
+    log2_p_sum = log2_sum(p_sum)
+    log2_q_sum = log2_sum(q_sum)
+    mean = 0.0
+    if KIND == "kl":
+        result = (tl.sum(t, 0) / p_sum - (log2_p_sum - log2_q_sum)) * softmax.LN2
+        mean = result
+    elif KIND == "reverse":
+        result = (tl.sum(t, 0) / q_sum - (log2_q_sum - log2_p_sum)) * softmax.LN2
+    else:
+        beta = tl.cast(beta, tl.float32)
+        of_p = tl.zeros([BLOCK], tl.float32)
+        of_q = tl.zeros([BLOCK], tl.float32)
+        blocks = tl.cdiv(stop, BLOCK)
+        for k in tl.range(0, blocks, num_stages=STAGES):
+            column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
+            x, y = load_block(x_row, y_row, column, V, True, cap, "evict_first")
+            D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
+            log2_m, apart, smaller = to_mixture(D, beta)
+            # Both probabilities from one 2^: the units for it are what bounds this pass.
+            large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
+            of_large = -large * log2_m
+            of_small = -large * smaller * (log2_m + apart)
+            of_p += tl.where(D >= 0.0, of_large, of_small)
+            of_q += tl.where(D >= 0.0, of_small, of_large)
+        broken = 0.0 * (log2_p_sum + log2_q_sum)
+        mean = tl.sum(of_p, 0) * softmax.LN2 + broken
+        result = (1.0 - beta) * mean + beta * (tl.sum(of_q, 0) * softmax.LN2)
+    tl.store(result_ptr + row, tl.where(live, result, 0.0))
+    statistics = statistics_ptr + row * 5
+    tl.store(statistics, tl.where(live, m_p, 0.0))
+    tl.store(statistics + 1, tl.where(live, log2_p_sum, 0.0))
+    tl.store(statistics + 2, tl.where(live, m_q, 0.0))
+    tl.store(statistics + 3, tl.where(live, log2_q_sum, 0.0))
+    tl.store(statistics + 4, tl.where(live, mean, 0.0))
+
+
+@triton.jit(do_not_specialize=["x_inner", "y_inner", "blocks"])
+def divergence_backward_kernel(
+    x_ptr,
+    y_ptr,
+    dx_ptr,
+    mask_ptr,
+    temperature_ptr,
+    statistics_ptr,
+    grad_ptr,
+    V,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    y_inner,
+    y_outer_stride,
+    y_inner_stride,
+    dx_outer_stride,
+    dx_inner_stride,
+    blocks,
+    scale,
+    cap,
+    beta,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d result / d x, one program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``.
+
+    d / d z = p (log p - log q - KL(p || q)),  p - q,  or (1 - beta) p (log p - log M - KL(p || M)).
+    """
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = row >= 0
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    upstream = tl.load(grad_ptr + row, mask=live, other=0.0)
+    live = live & (upstream != 0.0)
+    statistics = statistics_ptr + row * 5
+    m_p = tl.load(statistics, mask=live, other=0.0)
+    log2_p_sum = tl.load(statistics + 1, mask=live, other=0.0)
+    m_q = tl.load(statistics + 2, mask=live, other=0.0)
+    log2_q_sum = tl.load(statistics + 3, mask=live, other=0.0)
+    mean = tl.load(statistics + 4, mask=live, other=0.0)
+    scale = logits.row_scale(row, scale, temperature_ptr, live)
+    c = scale * softmax.LOG2E
+    x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
+    y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
+    dx_row = logits.row_pointer(dx_ptr, row, x_inner, dx_outer_stride, dx_inner_stride)
+    x, y = load_block(x_row, y_row, column, V, live, cap, "evict_first")
+    p = tl.exp2((x - m_p) * c - log2_p_sum)
+    if KIND == "reverse":
+        dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
+    else:
+        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
+        if KIND == "kl":
+            dz = p * (D * softmax.LN2 - mean)
+        else:
+            beta = tl.cast(beta, tl.float32)
+            log2_m, apart, _ = to_mixture(D, beta)
+            dz = (beta - 1.0) * p * ((log2_m + tl.where(D >= 0.0, 0.0, apart)) * softmax.LN2 + mean)
+    # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
+    dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * (upstream * scale)
+    if cap is not None:
+        u = tl.where(x == softmax.NEG_INF, 0.0, x / cap)
+        dx *= 1.0 - u * u
+    tl.store(dx_row + column, tl.where(live, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=column < V)

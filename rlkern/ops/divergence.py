@@ -1,0 +1,358 @@
+"""KL, reverse KL and generalised Jensen-Shannon divergence over the vocabulary, from two logits tensors: Triton launchers and the PyTorch path.
+
+One number says which: ``beta`` is the weight of q (reference, teacher) in the mixture, 0 for KL(q || p), 1 for KL(p || q). ``statistics [..., 5]``
+are the maximum of a row of x and log2 of its sum relative to that, the same of y, and what the gradient subtracts: KL(p || q), 0 or KL(p || mixture).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._backend import device_of
+from .._checks import state_dtype
+from .logits import Chunks, RowConfig, as_rows, locate, row_scale, soft_capped
+
+STATISTICS = 5
+_LN2 = math.log(2.0)
+_HIGHEST = 1e30  # stands for inf where it meets a probability of 0
+
+
+def live_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
+    """Flat: which positions count, as bool; ``like [..., V]``."""
+    if mask is None:
+        return torch.ones(like.shape[:-1].numel(), dtype=torch.bool, device=like.device)
+    return mask.flatten() != 0
+
+
+def pair_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype in which two tensors are computed with."""
+    return torch.promote_types(state_dtype(x), state_dtype(y))
+
+
+def empty_results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Unfilled (divergence, statistics) of ``[..., V]``."""
+    shape, dtype = x.shape[:-1], pair_dtype(x, y)
+    return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(*shape, STATISTICS, dtype=dtype, device=x.device)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _kind(beta: float) -> str:
+    return {0.0: "reverse", 1.0: "kl"}.get(beta, "jsd")
+
+
+def _tiling(x: Tensor, y: Tensor) -> RowConfig:
+    """Of the wider of the two: both lie in registers at once."""
+    return RowConfig.of(x.shape[-1], max(x.element_size(), y.element_size()))
+
+
+def _layout(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[1], x.stride(0), x.stride(1)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _triton_forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    from ..kernels import divergence as kernels
+
+    x, y = as_rows(logits), as_rows(ref_logits)
+    tiling = _tiling(x, y)
+    with device_of(x):
+        kernels.divergence_kernel[(out[0].numel(),)](
+            x,
+            y,
+            *_contiguous(mask, temperature),
+            *out,
+            x.shape[-1],
+            *_layout(x),
+            *_layout(y),
+            scale,
+            cap,
+            beta,
+            KIND=_kind(beta),
+            BLOCK=tiling.block,
+            STAGES=tiling.stages,
+            num_warps=tiling.warps,
+        )
+
+
+def _triton_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    statistics: Tensor,
+    out: Tensor,
+) -> None:
+    from ..kernels import divergence as kernels
+
+    x, y = as_rows(logits), as_rows(ref_logits)
+    dx = as_rows(out).view(x.shape)  # as in ops/logits.py
+    tiling = _tiling(x, y)
+    blocks = -(-x.shape[-1] // tiling.block)
+    with device_of(x):
+        kernels.divergence_backward_kernel[(grad.numel() * blocks,)](
+            x,
+            y,
+            dx,
+            *_contiguous(mask, temperature, statistics, grad),
+            x.shape[-1],
+            *_layout(x),
+            *_layout(y),
+            dx.stride(0),
+            dx.stride(1),
+            blocks,
+            scale,
+            cap,
+            beta,
+            KIND=_kind(beta),
+            BLOCK=tiling.block,
+            num_warps=tiling.warps,
+        )
+
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _exponentials(x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in place, its exponentials, their sum or NaN) of soft-capped rows."""
+    m = x.amax(-1, keepdim=True)
+    d = x.sub_(m.masked_fill(m == -torch.inf, 0.0))
+    e = (d * scale).exp_()
+    s = e.sum(-1, keepdim=True)
+    return m, d, e, s.masked_fill_(s == 0, torch.nan)
+
+
+def _to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(log p - log M, log q - log M), neither infinite, for ``ratio = log p - log q`` and M = (1 - beta) p + beta q."""
+    of_p, of_q = (torch.full((), w, dtype=ratio.dtype, device=ratio.device) for w in (1.0 - beta, beta))
+    smaller = torch.where(ratio >= 0, of_q, of_p)  # the weight of the smaller of the two
+    log_m = smaller.mul_(torch.expm1(-ratio.abs())).log1p_()  # relative to the larger
+    apart = ratio.clamp(-_HIGHEST, _HIGHEST)
+    return apart.clamp(max=0.0).sub_(log_m), apart.clamp_(min=0.0).neg_().sub_(log_m)
+
+
+def _own(chunk: Tensor, cap: float | None, buffer: Tensor) -> Tensor:
+    """Soft-capped logits in ``buffer``, where they may be written over."""
+    return soft_capped(chunk, cap, buffer) if cap is not None else buffer.copy_(chunk)
+
+
+def _torch_forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    y = as_rows(ref_logits)
+    result, statistics = out[0].view(-1), out[1].view(-1, STATISTICS)
+    for o in out:
+        o.zero_()
+    chunks = Chunks(as_rows(logits), live_tokens(logits, mask), result.dtype)
+    other = torch.empty_like(chunks.buffer)
+    for rows, raw in chunks:
+        n, live = raw.shape[0], result[rows].numel()
+        c = row_scale(scale, temperature, rows, n, result.dtype)
+        raw_y = y[locate(y, rows)].expand(n, -1)
+        p = _exponentials(_own(raw, cap, chunks.buffer[:n]), c)
+        q = _exponentials(_own(raw_y, cap, other[:n]), c)
+        mean = None
+        if beta in (0, 1):
+            (_, d, e, s), (_, d_other, _, s_other) = (p, q) if beta == 1 else (q, p)
+            ratio = torch.sub(d, d_other, out=d).mul_(c).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+            infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
+            of_sums = s.log() - s_other.log()
+            value = e.mul_(ratio).sum(-1, keepdim=True) / s - of_sums
+            value = torch.where(infinite, torch.inf + 0.0 * of_sums, value)
+            mean = value if beta == 1 else None
+        else:
+            (_, d_p, e_p, s_p), (_, d_q, e_q, s_q) = p, q
+            ratio = torch.sub(d_p, d_q, out=d_p).mul_(c).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sub_(s_p.log() - s_q.log())
+            from_p, from_q = _to_mixture(ratio, beta)
+            mean = e_p.mul_(from_p).sum(-1, keepdim=True) / s_p
+            value = (1 - beta) * mean + beta * (e_q.mul_(from_q).sum(-1, keepdim=True) / s_q)
+        result[rows] = value[:live, 0]
+        for i, column in enumerate((p[0], p[3].log2(), q[0], q[3].log2(), mean)):
+            if column is not None:
+                statistics[rows, i] = column[:live, 0]
+
+
+def _torch_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    statistics: Tensor,
+    out: Tensor,
+) -> None:
+    x, y, dx = as_rows(logits), as_rows(ref_logits), as_rows(out)
+    upstream = grad.flatten()
+    live = live_tokens(logits, mask) & (upstream != 0)
+    chunks = Chunks(x, live, statistics.dtype)
+    other = torch.empty_like(chunks.buffer)
+    columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
+    for rows, raw in chunks:
+        m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
+        n = mean.shape[0]
+        c = row_scale(scale, temperature, rows, n, chunks.dtype)
+        z = _own(raw[:n], cap, chunks.buffer[:n])
+        w = _own(y[locate(y, rows)], cap, other[:n])
+        dead = z == -torch.inf
+        slope = None if cap is None else z.div(cap).masked_fill_(dead, 1.0).square_().neg_().add_(1.0)
+        z.sub_(m_p)
+        w.sub_(m_q)
+        if beta == 0:
+            dz = z.mul_(c).sub_(log2_p * _LN2).exp_().sub_(w.mul_(c).sub_(log2_q * _LN2).exp_())
+        else:
+            ratio = torch.sub(z, w, out=w).mul_(c).sub_((log2_p - log2_q) * _LN2)
+            p = z.mul_(c).sub_(log2_p * _LN2).exp_()
+            dz = p.mul_((ratio if beta == 1 else _to_mixture(ratio, beta)[0]).sub_(mean))
+        factor = upstream[rows].unsqueeze(1) * c
+        dz.mul_(factor if beta in (0, 1) else factor * (1 - beta))
+        dz = torch.where(dead, 0.0 * (log2_p + log2_q), dz)  # NaN there too in a row whose statistics are not finite
+        if slope is not None:
+            dz.mul_(slope)
+        dx[locate(dx, rows)] = dz.to(dx.dtype)
+    if chunks.index is not None:
+        dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
+
+
+# ---- either ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def divergence_into(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    out: tuple[Tensor, Tensor],
+    backend: str,
+) -> None:
+    """Fill ``out``: (divergence, statistics), contiguous; zeros where masked."""
+    if out[0].numel():
+        forward = _triton_forward if backend == "triton" else _torch_forward
+        forward(logits, ref_logits, mask, temperature, scale, cap, beta, out)
+
+
+def divergence_gradient_into(
+    out: Tensor,
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    statistics: Tensor,
+    backend: str,
+) -> None:
+    """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is masked or has no upstream gradient."""
+    if out.numel():
+        backward = _triton_backward if backend == "triton" else _torch_backward
+        backward(grad, logits, ref_logits, mask, temperature, scale, cap, beta, statistics, out)
+
+
+@torch.library.custom_op("rlkern::divergence", mutates_args=())
+def divergence_op(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(divergence, statistics) of ``[..., V]``."""
+    out = empty_results(logits, ref_logits)
+    divergence_into(logits, ref_logits, mask, temperature, scale, cap, beta, out, backend)
+    return out
+
+
+@divergence_op.register_fake
+def _(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return empty_results(logits, ref_logits)
+
+
+@torch.library.custom_op("rlkern::divergence_backward", mutates_args=())
+def divergence_backward_op(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    statistics: Tensor,
+    backend: str,
+) -> Tensor:
+    """d loss / d logits in a new tensor."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    divergence_gradient_into(out, grad, logits, ref_logits, mask, temperature, scale, cap, beta, statistics, backend)
+    return out
+
+
+@divergence_backward_op.register_fake
+def _(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+class Divergence(torch.autograd.Function):
+    """Differentiable in logits; ``ref_logits`` is constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        scale: float,
+        cap: float | None,
+        beta: float,
+        backend: str,
+    ) -> Tensor:
+        result, statistics = divergence_op(logits, ref_logits, mask, temperature, scale, cap, beta, backend)
+        ctx.save_for_backward(logits, ref_logits, mask, temperature, statistics)
+        ctx.options = (scale, cap, beta, backend)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ref_logits, mask, temperature, statistics = ctx.saved_tensors
+        *scaling, backend = ctx.options
+        return divergence_backward_op(grad, logits, ref_logits, mask, temperature, *scaling, statistics, backend), *(None,) * 7
