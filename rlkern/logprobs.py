@@ -111,6 +111,42 @@ class LinearInputs(NamedTuple):
         return hidden, weight, bias
 
 
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, prefix: str = "") -> torch.dtype:
+    """Check hidden states and a head, named with the prefix; gives the dtype of their logits."""
+    check_tensor(f"{prefix}hidden", hidden, min_dim=2, dtypes=FLOATS)
+    device, width = hidden.device, hidden.shape[-1]
+    check_tensor(f"{prefix}weight", weight, dtypes=FLOATS, device=device)
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0 or width == 0:
+        raise ValueError(f"{prefix}weight must have shape [V, {width}] for {prefix}hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias, shape=weight.shape[:1], dtypes=FLOATS, device=device)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if logits_dtype is None:
+        return dtype
+    if logits_dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+        raise ValueError(f"logits_dtype must be None, {dtype} (as {prefix}hidden and {prefix}weight) or torch.float32; got {logits_dtype}")
+    return logits_dtype
+
+
+def check_chunk(chunk_bytes: int | None, weight: Tensor, logits_dtype: torch.dtype) -> int:
+    """Check the memory for a chunk of logits; gives its rows."""
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes must be a positive number of bytes, got {chunk_bytes!r}")
+    return chunk_rows(weight.shape[0], logits_dtype, weight.device, chunk_bytes)
+
+
+def check_rows(rows: Tensor | None, tokens: int, device: torch.device, validate: bool) -> Tensor | None:
+    """Check positions in flattened per-token tensors; gives them as int64."""
+    if rows is None:
+        return None
+    check_tensor("rows", rows, dtypes=INTS, device=device)
+    if rows.dim() != 1:
+        raise ValueError(f"rows must be 1-D positions of flattened tokens, got shape {tuple(rows.shape)}")
+    if validate and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < tokens and rows.unique().numel() == rows.numel()):
+        raise ValueError(f"rows must be different positions in [0, {tokens}), got {rows.tolist() if rows.numel() < 20 else rows}")
+    return rows.long()
+
+
 def check_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -130,44 +166,27 @@ def check_linear(
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    check_tensor("hidden", hidden, min_dim=2, dtypes=FLOATS)
-    shape, device, width = hidden.shape[:-1], hidden.device, hidden.shape[-1]
-    check_tensor("weight", weight, dtypes=FLOATS, device=device)
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0 or width == 0:
-        raise ValueError(f"weight must have shape [V, {width}] for hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}")
-    if bias is not None:
-        check_tensor("bias", bias, shape=weight.shape[:1], dtypes=FLOATS, device=device)
+    dtype = check_head(hidden, weight, bias, logits_dtype)
+    shape, device = hidden.shape[:-1], hidden.device
     _check_ids(ids, mask, shape, device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if logits_dtype is not None:
-        if logits_dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
-            raise ValueError(f"logits_dtype must be None, {dtype} (as hidden and weight) or torch.float32; got {logits_dtype}")
-        dtype = logits_dtype
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes must be a positive number of bytes, got {chunk_bytes!r}")
     must_validate = choose_validate(validate, hidden)
-    if rows is not None:
-        check_tensor("rows", rows, dtypes=INTS, device=device)
-        if rows.dim() != 1:
-            raise ValueError(f"rows must be 1-D positions in the flattened ids, got shape {tuple(rows.shape)}")
-        if must_validate and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < ids.numel() and rows.unique().numel() == rows.numel()):
-            raise ValueError(f"rows must be different positions in [0, {ids.numel()}), got {rows.tolist() if rows.numel() < 20 else rows}")
+    rows = check_rows(rows, ids.numel(), device, must_validate)
     offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], must_validate)
     return LinearInputs(
-        hidden.reshape(-1, width),
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         ids.flatten(),
         None if mask is None else mask.flatten(),
         None if per_token is None else per_token.flatten(),
-        None if rows is None else rows.long(),
+        rows,
         offsets,
         token_ids,
         scale,
         cap,
         dtype,
-        chunk_rows(weight.shape[0], dtype, device, chunk_bytes),
+        check_chunk(chunk_bytes, weight, dtype),
         device.type == "cpu" if compact is None else compact,
         must_validate,
         choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES),

@@ -164,7 +164,7 @@ def pick_optional(x: Tensor | None, index: Tensor | None) -> Tensor | None:
 
 def spread(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
     """Back to all ``rows``, 0 where they did not take part."""
-    return x if index is None else x.new_zeros(rows).index_copy_(0, index, x)
+    return x if index is None else x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
 
 
 def spread_all(out: tuple[Tensor, ...], index: Tensor | None, rows: int, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
