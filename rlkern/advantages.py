@@ -107,7 +107,7 @@ def discounted_returns(
     Arguments, dtypes and errors are those of ``gae``.
     """
     boundaries = (mask, masked, None, None, terminated, None, cu_seqlens)
-    return _returns(rewards, None, gamma, 1.0, *boundaries, validate, backend, with_advantages=False)[1]
+    return _returns(rewards, None, gamma, 1.0, *boundaries, validate, backend, with_advantages=False, required=())[1]
 
 
 def vtrace(
@@ -144,7 +144,8 @@ def vtrace(
     """
     boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
     policies = (logprobs, old_logprobs, rho_clip, c_clip)
-    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies)
+    required = ("values", "logprobs", "old_logprobs")
+    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies, required=required)
 
 
 def _returns(
@@ -164,14 +165,15 @@ def _returns(
     *,
     policies: tuple[Tensor | None, Tensor | None, float, float] = (None, None, 1.0, 1.0),
     with_advantages: bool = True,
+    required: tuple[str, ...] = ("values",),
 ) -> tuple[Tensor, Tensor]:
-    """Check everything and scan. ``values`` may be None for discounted_returns alone, the log-probs for all but vtrace."""
+    """Check everything and scan. ``policies``: log-probs, old log-probs and the clips of V-trace."""
     check_tensor("rewards", rewards, min_dim=1, dtypes=FLOATS)
     logprobs, old_logprobs, rho_clip, c_clip = policies
     shape, device = rewards.shape, rewards.device
     floats = {"values": values, "logprobs": logprobs, "old_logprobs": old_logprobs, "next_values": next_values}
     for name, x in {**floats, "mask": mask, "terminated": terminated, "truncated": truncated}.items():
-        if x is not None:
+        if x is not None or name in required:
             check_tensor(name, x, shape=shape, dtypes=FLOATS if name in floats else None, device=device)
     check_choice("masked", masked, ("skip", "decay"))
     sequences: Sequence[int] = shape[:-1]

@@ -280,7 +280,7 @@ def _torch(
         lengths = cu_seqlens.diff().long()
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=time)
         if place is not None:
-            sequence = torch.empty_like(sequence).scatter_(0, place[0], sequence)
+            sequence = torch.zeros_like(sequence).scatter_(0, place[0], sequence)
         ends[0, :-1] = sequence[1:] != sequence[:-1]
 
     def by_sequence(x: Tensor) -> Tensor:
