@@ -102,8 +102,12 @@ def record(launches: Mapping[str, Callable[[], Any]], target: str) -> list[Speci
         spec = Specialisation(target, self.__name__, current["launch"], current["shapes"], self, signature, constexprs, attrs, options.__dict__)
         found.setdefault((self, key), spec)  # returning None ends the launch here, and leaves nothing in the kernel's cache
 
-    # The library refuses CPU tensors unless it believes itself interpreted.
-    with _replaced(_backend, INTERPRETED=True), _replaced(JITFunction, run=run_recorded, _do_compile=compile_recorded), _active(_Driver(target)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_active(_Driver(target)))
+        stack.enter_context(_replaced(JITFunction, run=run_recorded, _do_compile=compile_recorded))
+        # The library refuses CPU tensors unless it believes itself interpreted, and asks PyTorch whose GPU it is.
+        stack.enter_context(_replaced(_backend, INTERPRETED=True))
+        stack.enter_context(_replaced(torch.version, hip="AMD" if TARGETS[target].gpu.backend == "hip" else None))
         for current["launch"], launch in launches.items():
             launch()
     return list(found.values())

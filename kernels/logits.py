@@ -55,9 +55,7 @@ def load_target(x_row, token, V, cap, live):
 
 
 @triton.jit
-def segment_statistics(
-    x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr = "evict_first"
-):
+def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr):
     """State of the online softmax over the blocks of a row that begin in [start, stop)."""
     m = tl.full([], softmax.NEG_INF, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -118,7 +116,7 @@ def statistics_kernel(
     start = part * SEGMENT
     # A dead row has no columns.
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
-    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, ENTROPY, BLOCK, STAGES)
+    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, ENTROPY, BLOCK, STAGES, "evict_first")
     if partial_ptr is None:
         x_target = load_target(x_row, token, V, cap, live)
         store_statistics(row, True, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
