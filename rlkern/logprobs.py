@@ -106,9 +106,7 @@ class LinearInputs(NamedTuple):
 
     def needs_grad(self) -> tuple[bool, bool, bool]:
         """Whether hidden, weight and bias take gradients."""
-        x = (self.hidden, self.weight, self.bias)
-        hidden, weight, bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in x)
-        return hidden, weight, bias
+        return take_gradients(self.hidden, self.weight, self.bias)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, prefix: str = "") -> torch.dtype:
@@ -145,6 +143,22 @@ def check_rows(rows: Tensor | None, tokens: int, device: torch.device, validate:
     if validate and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < tokens and rows.unique().numel() == rows.numel()):
         raise ValueError(f"rows must be different positions in [0, {tokens}), got {rows.tolist() if rows.numel() < 20 else rows}")
     return rows.long()
+
+
+def take_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of them do."""
+    needs_hidden, needs_weight, needs_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    return needs_hidden, needs_weight, needs_bias
+
+
+def freezes_head(needs: tuple[bool, bool, bool], mode: str | None) -> bool:
+    """Whether the forward keeps the derivative by hidden, given which of hidden, weight and bias take gradients; checks ``mode``."""
+    needs_hidden, needs_weight, needs_bias = needs
+    if mode is not None:
+        check_choice("mode", mode, ("recompute", "frozen-head"))
+    if mode == "frozen-head" and (needs_weight or needs_bias):
+        raise ValueError("mode='frozen-head' needs weight and bias that take no gradient; here they require one")
+    return needs_hidden and not needs_weight and not needs_bias and mode != "recompute"
 
 
 def check_linear(
@@ -353,12 +367,7 @@ def linear_token_logprobs(
 
 def linear_logprobs(x: LinearInputs, with_entropy: bool, mode: str | None = None) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy ``[N]`` (empty if not wanted) of checked inputs."""
-    needs_hidden, needs_weight, needs_bias = x.needs_grad()
-    if mode is not None:
-        check_choice("mode", mode, ("recompute", "frozen-head"))
-    if mode == "frozen-head" and (needs_weight or needs_bias):
-        raise ValueError("mode='frozen-head' needs weight and bias that take no gradient; here they require one")
-    frozen = needs_hidden and not needs_weight and not needs_bias and mode != "recompute"
+    frozen = freezes_head(x.needs_grad(), mode)
     *tensors, scale, cap, logits_dtype, chunk, compact, validate, backend = x
     logprob, entropy = LinearLogprobs.apply(*tensors, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend)
     return logprob, entropy

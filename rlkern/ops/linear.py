@@ -316,9 +316,10 @@ def linear_logprobs_backward_op(
     return gradients.results()
 
 
-def _fake_gradients(
+def empty_gradients(
     hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Unfilled d loss / d (hidden, weight, bias), as :meth:`Gradients.results` gives them."""
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
@@ -353,7 +354,7 @@ def _(
     compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+    return empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -602,4 +603,4 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty(0, dtype=logits_dtype, device=hidden.device)
     logprob, entropy, _, _ = empty_statistics(like, ids.shape, with_entropy)
-    return logprob, entropy, *_fake_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+    return logprob, entropy, *empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
