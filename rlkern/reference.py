@@ -7,7 +7,6 @@ Notation: ``S`` is the shape of per-token tensors (``[..., time]`` padded, or ``
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -488,7 +487,8 @@ def td_errors(
     if cu_seqlens is not None:
         pieces = []
         bounds = cu_seqlens.tolist()
-        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        for i, begin in enumerate(bounds[:-1]):
+            end = bounds[i + 1]
             one = {"gamma": gamma, "lam": lam, "last_values": last_values}
             one = {name: x[i] if isinstance(x, Tensor) else x for name, x in one.items()}
             each = {"rho": rho, "c": c, "mask": mask, "next_values": next_values, "terminated": terminated, "truncated": truncated}
