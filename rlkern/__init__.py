@@ -2,9 +2,11 @@
 
 from .advantages import discounted_returns, gae, group_advantages, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
+from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
 from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
+from .surrogates import register_surrogate
 
 __version__ = "0.1.0"
 
@@ -14,16 +16,21 @@ __all__ = [
     "PolicyLossConfig",
     "__version__",
     "discounted_returns",
+    "full_kl",
     "fused_linear_loss",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "gae",
+    "generalized_jsd",
     "group_advantages",
     "importance_ratio",
     "importance_weights",
     "kl_penalty",
+    "linear_full_kl",
+    "linear_generalized_jsd",
     "linear_token_logprobs",
     "policy_loss",
+    "register_surrogate",
     "td_lambda",
     "token_logprobs",
     "vtrace",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ._backend import choose_backend
+from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, check_number, check_tensor
-from .logprobs import check_scaling
-from .ops.divergence import Divergence
+from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, take_gradients
+from .ops.divergence import Divergence, LinearDivergence
 from .ops.logits import TRITON_DTYPES
 
 
@@ -84,6 +86,124 @@ def generalized_jsd(
     return _divergence(logits, ref_logits, check_number("beta", beta, at_least=0, at_most=1), temperature, mask, softcap, logit_scale, backend)
 
 
+def linear_full_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    rows: Tensor | None = None,
+    compact: bool | None = None,
+    mode: Literal["recompute", "frozen-head"] | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`full_kl` of ``hidden @ weight.T + bias`` and ``ref_hidden @ ref_weight.T + ref_bias``, of which only a chunk of rows exists at a time.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``, once; all of the reference is constant. What the backward does depends on who takes
+    gradients, as in :func:`rlkern.linear_token_logprobs`: nobody, and there is one product with either head; ``hidden`` alone (a frozen head), and
+    the forward keeps ``J = d KL / d hidden``, whose rows the backward scales; the head too, and the backward makes the logits of both again.
+
+    Args:
+        hidden: ``S + [H]``; float16, bfloat16, float32, or float64 (torch backend).
+        weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
+        ref_hidden, ref_weight: ``S + [H']`` and ``[V, H']``: the widths of the models may differ, their vocabulary not.
+        bias, ref_bias: ``[V]``.
+        temperature, mask, reverse, softcap, logit_scale, backend: as in :func:`full_kl`.
+        logits_dtype: dtype of the policy's logits of a chunk: that of the product (default), or float32, which the reference's are then as well.
+        chunk_bytes: memory for the policy's logits of a chunk; the reference's come to it. Default: 64 MiB on a CPU, 1 GiB on a GPU.
+        rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
+
+    Returns:
+        Shape ``S``, float32 (float64 where any logits are).
+
+    Raises:
+        TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
+    """
+    return _linear_divergence(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        0.0 if reverse else 1.0,
+        bias=bias,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        mask=mask,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
+        chunk_bytes=chunk_bytes,
+        rows=rows,
+        compact=compact,
+        mode=mode,
+        validate=validate,
+        backend=backend,
+    )
+
+
+def linear_generalized_jsd(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    rows: Tensor | None = None,
+    compact: bool | None = None,
+    mode: Literal["recompute", "frozen-head"] | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`generalized_jsd` of a student, ``hidden`` and ``weight``, and a teacher, ``ref_hidden`` and ``ref_weight``, with no ``[S, V]`` logits.
+
+    Arguments, gradients, result and errors are those of :func:`linear_full_kl`, and ``beta`` that of :func:`generalized_jsd`.
+    """
+    return _linear_divergence(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        check_number("beta", beta, at_least=0, at_most=1),
+        bias=bias,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        mask=mask,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
+        chunk_bytes=chunk_bytes,
+        rows=rows,
+        compact=compact,
+        mode=mode,
+        validate=validate,
+        backend=backend,
+    )
+
+
+def _backend_for(dtype: torch.dtype, ref_dtype: torch.dtype, device: torch.device, backend: str | None) -> str:
+    """The backend for logits of these dtypes."""
+    wider = torch.empty(0, dtype=torch.promote_types(dtype, ref_dtype), device=device)
+    return choose_backend(backend, wider, triton_dtypes=TRITON_DTYPES)
+
+
 def _divergence(
     logits: Tensor,
     ref_logits: Tensor,
@@ -102,6 +222,55 @@ def _divergence(
     if mask is not None:
         check_tensor("mask", mask, shape=shape, device=device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    wider = torch.empty(0, dtype=torch.promote_types(logits.dtype, ref_logits.dtype), device=device)
-    backend = choose_backend(backend, wider, triton_dtypes=TRITON_DTYPES)
+    backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
     return Divergence.apply(logits, ref_logits.detach(), mask, per_token, scale, cap, beta, backend)
+
+
+def _linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    beta: float,
+    *,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    rows: Tensor | None,
+    compact: bool | None,
+    mode: str | None,
+    validate: bool | None,
+    backend: str | None,
+) -> Tensor:
+    dtype = check_head(hidden, weight, bias, logits_dtype)
+    shape, device = hidden.shape[:-1], hidden.device
+    ref_dtype = check_head(ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_")
+    check_tensor("ref_hidden", ref_hidden, shape=(*shape, ref_hidden.shape[-1]), device=device)
+    check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
+    if mask is not None:
+        check_tensor("mask", mask, shape=shape, device=device)
+    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+    rows = check_rows(rows, shape.numel(), device, choose_validate(validate, hidden))
+    return LinearDivergence.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        *(None if t is None else t.detach() for t in (ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias)),
+        None if mask is None else mask.flatten(),
+        None if per_token is None else per_token.flatten(),
+        rows,
+        scale,
+        cap,
+        beta,
+        dtype,
+        ref_dtype,
+        check_chunk(chunk_bytes, weight, dtype),
+        device.type == "cpu" if compact is None else compact,
+        freezes_head(take_gradients(hidden, weight, bias), mode),
+        _backend_for(dtype, ref_dtype, device, backend),
+    ).view(shape)

@@ -7,6 +7,8 @@ are the maximum of a row of x and log2 of its sum relative to that, the same of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import device_of
 from .._checks import state_dtype
+from .linear import Gradients, Head, empty_gradients, pick, spread, taking_part
 from .logits import Chunks, RowConfig, as_rows, locate, row_scale, soft_capped
 
 STATISTICS = 5
@@ -29,22 +32,46 @@ def live_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
     return mask.flatten() != 0
 
 
-def pair_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype in which two tensors are computed with."""
-    return torch.promote_types(state_dtype(x), state_dtype(y))
-
-
-def empty_results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Unfilled (divergence, statistics) of ``[..., V]``."""
-    shape, dtype = x.shape[:-1], pair_dtype(x, y)
+def empty_results(x: Tensor, y: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+    """Unfilled (divergence, statistics) of this shape, for logits like x and y."""
+    dtype = torch.promote_types(state_dtype(x), state_dtype(y))
     return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(*shape, STATISTICS, dtype=dtype, device=x.device)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How two logits tensors are compared; the tensors have an element for each row."""
+
+    mask: Tensor | None
+    temperature: Tensor | None
+    scale: float  # logit_scale / T, or logit_scale where there is a temperature for each row
+    cap: float | None
+    beta: float
+    backend: str
+
+    @property
+    def kind(self) -> str:
+        return {0.0: "reverse", 1.0: "kl"}.get(self.beta, "jsd")
+
+    def at(self, rows: slice | Tensor | None) -> Comparison:
+        """Of some rows; None for all."""
+        if rows is None:
+            return self
+        mask, temperature = (None if t is None else t[rows] for t in (self.mask, self.temperature))
+        return replace(self, mask=mask, temperature=temperature)
+
+    def divergence(self, logits: Tensor, ref_logits: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """Fill ``out``: (divergence, statistics), contiguous; zeros where masked."""
+        if out[0].numel():
+            (_triton_forward if self.backend == "triton" else _torch_forward)(logits, ref_logits, self, out)
+
+    def gradient(self, out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, statistics: Tensor) -> None:
+        """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is masked or has no upstream gradient."""
+        if out.numel():
+            (_triton_backward if self.backend == "triton" else _torch_backward)(out, grad, logits, ref_logits, self, statistics)
+
+
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _kind(beta: float) -> str:
-    return {0.0: "reverse", 1.0: "kl"}.get(beta, "jsd")
 
 
 def _tiling(x: Tensor, y: Tensor) -> RowConfig:
@@ -60,16 +87,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _triton_forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    out: tuple[Tensor, Tensor],
-) -> None:
+def _triton_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
     from ..kernels import divergence as kernels
 
     x, y = as_rows(logits), as_rows(ref_logits)
@@ -78,33 +96,22 @@ def _triton_forward(
         kernels.divergence_kernel[(out[0].numel(),)](
             x,
             y,
-            *_contiguous(mask, temperature),
+            *_contiguous(o.mask, o.temperature),
             *out,
             x.shape[-1],
             *_layout(x),
             *_layout(y),
-            scale,
-            cap,
-            beta,
-            KIND=_kind(beta),
+            o.scale,
+            o.cap,
+            o.beta,
+            KIND=o.kind,
             BLOCK=tiling.block,
             STAGES=tiling.stages,
             num_warps=tiling.warps,
         )
 
 
-def _triton_backward(
-    grad: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    statistics: Tensor,
-    out: Tensor,
-) -> None:
+def _triton_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> None:
     from ..kernels import divergence as kernels
 
     x, y = as_rows(logits), as_rows(ref_logits)
@@ -116,17 +123,17 @@ def _triton_backward(
             x,
             y,
             dx,
-            *_contiguous(mask, temperature, statistics, grad),
+            *_contiguous(o.mask, o.temperature, statistics, grad),
             x.shape[-1],
             *_layout(x),
             *_layout(y),
             dx.stride(0),
             dx.stride(1),
             blocks,
-            scale,
-            cap,
-            beta,
-            KIND=_kind(beta),
+            o.scale,
+            o.cap,
+            o.beta,
+            KIND=o.kind,
             BLOCK=tiling.block,
             num_warps=tiling.warps,
         )
@@ -158,25 +165,17 @@ def _own(chunk: Tensor, cap: float | None, buffer: Tensor) -> Tensor:
     return soft_capped(chunk, cap, buffer) if cap is not None else buffer.copy_(chunk)
 
 
-def _torch_forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    out: tuple[Tensor, Tensor],
-) -> None:
+def _torch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
+    cap, beta = o.cap, o.beta
     y = as_rows(ref_logits)
     result, statistics = out[0].view(-1), out[1].view(-1, STATISTICS)
-    for o in out:
-        o.zero_()
-    chunks = Chunks(as_rows(logits), live_tokens(logits, mask), result.dtype)
+    for x in out:
+        x.zero_()
+    chunks = Chunks(as_rows(logits), live_tokens(logits, o.mask), result.dtype)
     other = torch.empty_like(chunks.buffer)
     for rows, raw in chunks:
         n, live = raw.shape[0], result[rows].numel()
-        c = row_scale(scale, temperature, rows, n, result.dtype)
+        c = row_scale(o.scale, o.temperature, rows, n, result.dtype)
         raw_y = y[locate(y, rows)].expand(n, -1)
         p = _exponentials(_own(raw, cap, chunks.buffer[:n]), c)
         q = _exponentials(_own(raw_y, cap, other[:n]), c)
@@ -201,28 +200,18 @@ def _torch_forward(
                 statistics[rows, i] = column[:live, 0]
 
 
-def _torch_backward(
-    grad: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    statistics: Tensor,
-    out: Tensor,
-) -> None:
+def _torch_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> None:
+    cap, beta = o.cap, o.beta
     x, y, dx = as_rows(logits), as_rows(ref_logits), as_rows(out)
     upstream = grad.flatten()
-    live = live_tokens(logits, mask) & (upstream != 0)
+    live = live_tokens(logits, o.mask) & (upstream != 0)
     chunks = Chunks(x, live, statistics.dtype)
     other = torch.empty_like(chunks.buffer)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
     for rows, raw in chunks:
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         n = mean.shape[0]
-        c = row_scale(scale, temperature, rows, n, chunks.dtype)
+        c = row_scale(o.scale, o.temperature, rows, n, chunks.dtype)
         z = _own(raw[:n], cap, chunks.buffer[:n])
         w = _own(y[locate(y, rows)], cap, other[:n])
         dead = z == -torch.inf
@@ -245,43 +234,7 @@ def _torch_backward(
         dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
 
 
-# ---- either ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def divergence_into(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    out: tuple[Tensor, Tensor],
-    backend: str,
-) -> None:
-    """Fill ``out``: (divergence, statistics), contiguous; zeros where masked."""
-    if out[0].numel():
-        forward = _triton_forward if backend == "triton" else _torch_forward
-        forward(logits, ref_logits, mask, temperature, scale, cap, beta, out)
-
-
-def divergence_gradient_into(
-    out: Tensor,
-    grad: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    beta: float,
-    statistics: Tensor,
-    backend: str,
-) -> None:
-    """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is masked or has no upstream gradient."""
-    if out.numel():
-        backward = _triton_backward if backend == "triton" else _torch_backward
-        backward(grad, logits, ref_logits, mask, temperature, scale, cap, beta, statistics, out)
+# ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("rlkern::divergence", mutates_args=())
@@ -296,14 +249,14 @@ def divergence_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(divergence, statistics) of ``[..., V]``."""
-    out = empty_results(logits, ref_logits)
-    divergence_into(logits, ref_logits, mask, temperature, scale, cap, beta, out, backend)
+    out = empty_results(logits, ref_logits, *logits.shape[:-1])
+    Comparison(mask, temperature, scale, cap, beta, backend).divergence(logits, ref_logits, out)
     return out
 
 
 @divergence_op.register_fake
 def _(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return empty_results(logits, ref_logits)
+    return empty_results(logits, ref_logits, *logits.shape[:-1])
 
 
 @torch.library.custom_op("rlkern::divergence_backward", mutates_args=())
@@ -321,7 +274,7 @@ def divergence_backward_op(
 ) -> Tensor:
     """d loss / d logits in a new tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    divergence_gradient_into(out, grad, logits, ref_logits, mask, temperature, scale, cap, beta, statistics, backend)
+    Comparison(mask, temperature, scale, cap, beta, backend).gradient(out, grad, logits, ref_logits, statistics)
     return out
 
 
@@ -356,3 +309,205 @@ class Divergence(torch.autograd.Function):
         logits, ref_logits, mask, temperature, statistics = ctx.saved_tensors
         *scaling, backend = ctx.options
         return divergence_backward_op(grad, logits, ref_logits, mask, temperature, *scaling, statistics, backend), *(None,) * 7
+
+
+# ---- from hidden states ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Heads:
+    """The logits of both models for the rows that take part, a chunk at a time in two reused buffers."""
+
+    policy: Head
+    ref: Head
+    comparison: Comparison  # of these rows
+
+    @classmethod
+    def of(
+        cls,
+        index: Tensor | None,
+        policy: tuple[Tensor, Tensor, Tensor | None, torch.dtype],
+        ref: tuple[Tensor, Tensor, Tensor | None, torch.dtype],
+        chunk: int,
+        comparison: Comparison,
+    ) -> Heads:
+        policy_head, ref_head = (Head(*head, chunk, index, None, None, comparison.backend) for head in (policy, ref))
+        return cls(policy_head, ref_head, comparison.at(index))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Comparison]]:
+        """(rows, their hidden states, logits and reference logits, how these are compared)."""
+        for at in self.policy.chunks():
+            yield at, *self.policy.forward(at), self.ref.forward(at)[1], self.comparison.at(at)
+
+
+@torch.library.custom_op("rlkern::linear_divergence", mutates_args=())
+def linear_divergence_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    logits_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk: int,
+    compact: bool,
+    with_jacobian: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence [N], statistics, J = d divergence / d hidden, empty where not wanted) of ``hidden [N, H]`` and ``ref_hidden [N, H']``."""
+    index = taking_part(live_tokens(hidden, mask), rows, compact)
+    policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend))
+    divergence, statistics = empty_results(heads.policy.buffer, heads.ref.buffer, heads.policy.rows)
+    jacobian = Gradients(heads.policy, with_jacobian, False, False)
+    ones = torch.ones_like(divergence)
+    for at, h, logits, ref_logits, comparison in heads:
+        comparison.divergence(logits, ref_logits, (divergence[at], statistics[at]))
+        if with_jacobian:
+            comparison.gradient(logits, ones[at], logits, ref_logits, statistics[at])
+            jacobian.add(heads.policy.where(at), h, logits)
+    n = hidden.shape[0]
+    return spread(divergence, index, n), spread(statistics, index, n), jacobian.results()[0]
+
+
+@linear_divergence_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    logits_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk: int,
+    compact: bool,
+    with_jacobian: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = (torch.empty(0, dtype=dtype, device=hidden.device) for dtype in (logits_dtype, ref_logits_dtype))
+    return *empty_results(x, y, hidden.shape[0]), hidden.new_empty(hidden.shape if with_jacobian else (0,))
+
+
+@torch.library.custom_op("rlkern::linear_divergence_backward", mutates_args=())
+def linear_divergence_backward_op(
+    grad: Tensor,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    logits_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk: int,
+    compact: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d (hidden, weight, bias) by making both models' logits again; empty where not needed."""
+    index = taking_part(live_tokens(hidden, mask) & (grad != 0), rows, compact)
+    policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend))
+    gradients = Gradients(heads.policy, needs_hidden, needs_weight, needs_bias)
+    grad, statistics = pick(grad, index), pick(statistics, index)
+    for at, h, logits, ref_logits, comparison in heads:
+        comparison.gradient(logits, grad[at], logits, ref_logits, statistics[at])
+        gradients.add(heads.policy.where(at), h, logits)
+    return gradients.results()
+
+
+@linear_divergence_backward_op.register_fake
+def _(
+    grad: Tensor,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    cap: float | None,
+    beta: float,
+    logits_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk: int,
+    compact: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+
+
+class LinearDivergence(torch.autograd.Function):
+    """Differentiable in hidden, weight and bias of the policy. ``frozen``: J is kept, and nothing recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        rows: Tensor | None,
+        scale: float,
+        cap: float | None,
+        beta: float,
+        logits_dtype: torch.dtype,
+        ref_logits_dtype: torch.dtype,
+        chunk: int,
+        compact: bool,
+        frozen: bool,
+        backend: str,
+    ) -> Tensor:
+        tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature, rows)
+        ctx.options = (scale, cap, beta, logits_dtype, ref_logits_dtype, chunk, compact)
+        divergence, statistics, jacobian = linear_divergence_op(*tensors, *ctx.options, frozen, backend)
+        ctx.save_for_backward(*((mask, jacobian) if frozen else (statistics, *tensors)))
+        ctx.frozen, ctx.backend = frozen, backend
+        return divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 15
+        if ctx.frozen:
+            mask, jacobian = ctx.saved_tensors
+            upstream = torch.where(live_tokens(jacobian, mask), grad, 0.0).unsqueeze(1)
+            return (upstream * jacobian).to(jacobian.dtype), None, None, *rest
+        statistics, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = linear_divergence_backward_op(grad, statistics, *tensors, *ctx.options, *needs, ctx.backend)
+        return *(g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, tensors[:3], needs, strict=True)), *rest
