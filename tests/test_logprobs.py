@@ -315,7 +315,7 @@ def test_opcheck(backend, device):
     forward = (logits, ids, mask, temperature, 1.0, 30.0, True, True, backend)
     torch.library.opcheck(ops.token_logprobs_op, forward)
     _, entropy, row_max, log2_sum = ops.token_logprobs_op(*forward)
-    backward = (torch.randn(3, 4, device=device), None, logits, ids, mask, temperature, 1.0, 30.0, entropy, row_max, log2_sum, backend)
+    backward = (torch.randn(3, 4, device=device), None, logits, ids, mask, temperature, entropy, row_max, log2_sum, 1.0, 30.0, backend)
     torch.library.opcheck(ops.token_logprobs_backward_op, backward)
     torch.library.opcheck(ops.token_logprobs_backward_inplace_op, backward)
 

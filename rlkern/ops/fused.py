@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import device_of
 from ..config import PolicyLossConfig
-from .logits import LossTiling, as_rows, check_ids, empty_statistics, forward_into, gradient_into, locate
+from .logits import LossTiling, Rows, Statistics, as_rows, check_ids, locate
 from .policy import Tokens, policy_loss_op, term_functions
 from .policy_terms import Options
 
@@ -44,38 +44,37 @@ def per_token_config(config: PolicyLossConfig) -> PolicyLossConfig:
 def _triton_policy_gradients(
     out: Tensor,
     logits: Tensor,
-    ids: Tensor,
-    live: Tensor,
-    temperature: Tensor | None,
+    rows: Rows,
     terms: PolicyRows,
     loss_weights: Tensor,
     entropy_weights: Tensor | None,
     config: str,
-    scale: float,
-    cap: float | None,
-    statistics: tuple[Tensor, ...],
+    statistics: Statistics,
 ) -> None:
     from ..kernels import logits as kernels
 
+    if not rows.ids.numel():
+        return
     x = as_rows(logits)
     dx = as_rows(out).view(x.shape)
     vocabulary, objective = x.shape[-1], PolicyLossConfig.from_text(config)
     tiling = LossTiling.of(vocabulary, x.element_size())
     with device_of(x):
-        kernels.loss_kernel[(ids.numel(),)](
+        kernels.loss_kernel[(rows.ids.numel(),)](
             x,
             dx,
-            *(None if t is None else t.contiguous() for t in (ids, live, temperature, *terms, loss_weights, entropy_weights)),
-            statistics[0],
-            statistics[1] if statistics[1].numel() else None,
+            *rows.contiguous(),
+            *(None if t is None else t.contiguous() for t in (*terms, loss_weights, entropy_weights)),
+            statistics.logprob,
+            statistics.entropy if statistics.entropy.numel() else None,
             vocabulary,
             x.shape[1],
             x.stride(0),
             x.stride(1),
             dx.stride(0),
             dx.stride(1),
-            scale,
-            cap,
+            rows.scale,
+            rows.cap,
             Options.of(objective, 1),
             **term_functions(objective),
             BLOCK=tiling.block,
@@ -107,24 +106,21 @@ def _policy_gradients(
     """(logprob, entropy), and d loss / d logits in ``out``, which may be ``logits``."""
     if validate:
         check_ids(ids, live, logits.shape[-1])
-    statistics = empty_statistics(logits, ids.shape, with_entropy)
+    statistics, rows = Statistics.empty(logits, ids.shape, with_entropy), Rows(ids, live, temperature, scale, cap, backend)
     if backend == "triton":
-        if ids.numel():
-            arguments = (ids, live, temperature, terms, loss_weights, entropy_weights, config, scale, cap, statistics)
-            _triton_policy_gradients(out, logits, *arguments)
-        return statistics[0], statistics[1]
+        _triton_policy_gradients(out, logits, rows, terms, loss_weights, entropy_weights, config, statistics)
+        return statistics.logprob, statistics.entropy
     x, dx = as_rows(logits), as_rows(out)
     for start in range(0, ids.numel(), CHUNK_ROWS):
         at = slice(start, start + CHUNK_ROWS)
-        here = (ids[at], live[at], None if temperature is None else temperature[at], scale, cap)
-        logprob, entropy, row_max, log2_sum = (t[at] if t.numel() else t for t in statistics)
+        here, stored = rows.at(at), statistics.at(at)
         chunk, place = x[locate(x, at)], dx[locate(dx, at)]  # views where the rows are evenly spaced, else copies
-        forward_into(chunk, *here, (logprob, entropy, row_max, log2_sum), backend)
-        a = terms.of(at).slope(logprob, live[at], config, backend).mul_(loss_weights[at])
-        gradient_into(place, a, None if entropy_weights is None else entropy_weights[at], chunk, *here, entropy, row_max, log2_sum, backend)
+        here.statistics(chunk, stored)
+        a = terms.of(at).slope(stored.logprob, live[at], config, backend).mul_(loss_weights[at])
+        here.gradient(place, chunk, a, None if entropy_weights is None else entropy_weights[at], stored)
         if dx.shape[0] > 1:
             dx[locate(dx, at)] = place
-    return statistics[0], statistics[1]
+    return statistics.logprob, statistics.entropy
 
 
 @torch.library.custom_op("rlkern::policy_gradients", mutates_args=())
@@ -160,7 +156,8 @@ def policy_gradients_op(
 
 @policy_gradients_op.register_fake
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *empty_statistics(logits, ids.shape, args[-3])[:2], torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    statistics = Statistics.empty(logits, ids.shape, args[-3])
+    return statistics.logprob, statistics.entropy, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.custom_op("rlkern::policy_gradients_", mutates_args=("logits",))
@@ -192,8 +189,8 @@ def policy_gradients_inplace_op(
 
 @policy_gradients_inplace_op.register_fake
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    logprob, entropy, _, _ = empty_statistics(logits, ids.shape, args[-3])
-    return logprob, entropy
+    statistics = Statistics.empty(logits, ids.shape, args[-3])
+    return statistics.logprob, statistics.entropy
 
 
 class GradientsInForward(torch.autograd.Function):

@@ -13,7 +13,7 @@ Rows that are masked, or have no gradient, can be left out of the products: what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .fused import PolicyRows
 from .keep import restrict_into
-from .logits import check_ids, empty_statistics, forward_into, gradient_into, live_rows
+from .logits import Rows, Statistics, check_ids, live_rows
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
 
@@ -167,46 +167,18 @@ def spread(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
     return x if index is None else x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
 
 
-def spread_all(out: tuple[Tensor, ...], index: Tensor | None, rows: int, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def spread_all(x: Statistics, index: Tensor | None, rows: int, with_entropy: bool) -> Statistics:
     """Statistics back to all rows."""
-    logprob, entropy, row_max, log2_sum = out
-    logprob, row_max, log2_sum = (spread(x, index, rows) for x in (logprob, row_max, log2_sum))
-    return logprob, spread(entropy, index, rows) if with_entropy else entropy, row_max, log2_sum
+    logprob, row_max, log2_sum = (spread(t, index, rows) for t in (x.logprob, x.row_max, x.log2_sum))
+    return Statistics(logprob, spread(x.entropy, index, rows) if with_entropy else x.entropy, row_max, log2_sum)
 
 
-@dataclass
-class Rows:
-    """Per-row arguments of the statistics, for the rows that take part."""
-
-    ids: Tensor
-    mask: Tensor | None
-    temperature: Tensor | None
-    scale: float
-    cap: float | None
-    backend: str
-
-    @classmethod
-    def of(
-        cls, index: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, backend: str
-    ) -> Rows:
-        return cls(pick(ids, index), pick_optional(mask, index), pick_optional(temperature, index), scale, cap, backend)
-
-    def __getitem__(self, rows: slice | Tensor) -> Rows:
-        mask, temperature = (None if x is None else x[rows] for x in (self.mask, self.temperature))
-        return replace(self, ids=self.ids[rows], mask=mask, temperature=temperature)
-
-    def statistics(self, logits: Tensor, out: tuple[Tensor, ...]) -> None:
-        forward_into(logits, self.ids, self.mask, self.temperature, self.scale, self.cap, out, self.backend)
-
-    def gradient(self, logits: Tensor, a: Tensor, b: Tensor | None, entropy: Tensor, row_max: Tensor, log2_sum: Tensor) -> Tensor:
-        """d loss / d logits, written over the logits."""
-        gradient_into(logits, a, b, logits, self.ids, self.mask, self.temperature, self.scale, self.cap, entropy, row_max, log2_sum, self.backend)
-        return logits
-
-
-def part(out: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
-    """The rows' places in statistics, some of which may be empty."""
-    return tuple(x[rows] if x.numel() else x for x in out)
+def rows_at(
+    index: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, backend: str
+) -> Rows:
+    """What is asked of the rows that take part."""
+    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    return rows if index is None else rows.at(index)
 
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------------------------------
@@ -238,42 +210,25 @@ def linear_logprobs_op(
         check_ids(ids, mask, weight.shape[0])
     index = taking_part(live_rows(ids, mask), rows, compact)
     head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
-    per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
-    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
+    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend)
+    out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     jacobian = Gradients(head, with_jacobian, False, False)
-    ones = torch.ones_like(out[0])
+    ones = torch.ones_like(out.logprob)
     for at in head.chunks():
         h, logits = head.forward(at)
-        logprob, entropy, row_max, log2_sum = part(out, at)
-        per_row[at].statistics(logits, (logprob, entropy, row_max, log2_sum))
+        here, statistics = per_row.at(at), out.at(at)
+        here.statistics(logits, statistics)
         if with_jacobian:
-            jacobian.add(head.where(at), h, per_row[at].gradient(logits, ones[at], None, entropy, row_max, log2_sum))
+            here.gradient(logits, logits, ones[at], None, statistics)
+            jacobian.add(head.where(at), h, logits)
     return *spread_all(out, index, ids.numel(), with_entropy), jacobian.results()[0]
 
 
 @linear_logprobs_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    token_ids: Tensor | None,
-    scale: float,
-    cap: float | None,
-    logits_dtype: torch.dtype,
-    chunk: int,
-    with_entropy: bool,
-    with_jacobian: bool,
-    compact: bool,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty(0, dtype=logits_dtype, device=hidden.device)
-    return *empty_statistics(like, ids.shape, with_entropy), hidden.new_empty(hidden.shape if with_jacobian else (0,))
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    logits_dtype, _, with_entropy, with_jacobian, *_ = args[-7:]
+    statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)
+    return *statistics, hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
 
 @torch.library.custom_op("rlkern::linear_logprobs_backward", mutates_args=())
@@ -306,13 +261,15 @@ def linear_logprobs_backward_op(
     live = live_rows(ids, mask) & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
     index = taking_part(live, rows, compact)
     head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
-    per_row = Rows.of(index, ids, mask, temperature, scale, cap, backend)
+    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend)
     a, b = pick(grad_logprob, index), pick_optional(grad_entropy, index)
-    saved = (pick(entropy, index) if entropy.numel() else entropy, pick(row_max, index), pick(log2_sum, index))
+    saved = Statistics(grad_logprob, entropy, row_max, log2_sum)
+    saved = saved if index is None else saved.at(index)
     gradients = Gradients(head, needs_hidden, needs_weight, needs_bias)
     for at in head.chunks():
         h, logits = head.forward(at)
-        gradients.add(head.where(at), h, per_row[at].gradient(logits, a[at], None if b is None else b[at], *part(saved, at)))
+        per_row.at(at).gradient(logits, logits, a[at], None if b is None else b[at], saved.at(at))
+        gradients.add(head.where(at), h, logits)
     return gradients.results()
 
 
@@ -329,32 +286,9 @@ def empty_gradients(
 
 
 @linear_logprobs_backward_op.register_fake
-def _(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    token_ids: Tensor | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    scale: float,
-    cap: float | None,
-    logits_dtype: torch.dtype,
-    chunk: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    compact: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+def _(grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    logits_dtype, _, *needs = args[-7:-2]
+    return empty_gradients(hidden, weight, logits_dtype, *needs)
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -502,23 +436,24 @@ def gradients_in_forward(
         check_ids(ids, live, weight.shape[0])
     index = taking_part(live, rows, compact)
     head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
-    per_row = Rows.of(index, ids, live, temperature, scale, cap, backend)
-    out = empty_statistics(head.buffer, (head.rows,), with_entropy)
+    per_row = rows_at(index, ids, live, temperature, scale, cap, backend)
+    out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     gradients = Gradients(head, *needs)
     for at in head.chunks():
         h, logits = head.forward(at)
-        here, statistics, where = per_row[at], part(out, at), head.where(at)
+        here, statistics, where = per_row.at(at), out.at(at), head.where(at)
         here.statistics(logits, statistics)
-        a, b = slopes(where, *statistics[:2])
+        a, b = slopes(where, statistics.logprob, statistics.entropy)
         if compact:  # rows without a gradient, clipped ones say, are left out of the products
             moving = a != 0 if b is None else (a != 0) | (b != 0)
             if not bool(moving.all()):
                 chosen = moving.nonzero().squeeze(1)
                 where = chosen + at.start if isinstance(where, slice) else where[chosen]
-                h, logits, here, a, b = h[chosen], logits[chosen], here[chosen], a[chosen], pick_optional(b, chosen)
-                statistics = tuple(x[chosen] if x.numel() else x for x in statistics)
+                h, logits, here, a, b = h[chosen], logits[chosen], here.at(chosen), a[chosen], pick_optional(b, chosen)
+                statistics = statistics.at(chosen)
         if a.numel():
-            gradients.add(where, h, here.gradient(logits, a, b, *statistics[1:]))
+            here.gradient(logits, logits, a, b, statistics)
+            gradients.add(where, h, logits)
     logprob, entropy, _, _ = spread_all(out, index, ids.numel(), with_entropy)
     return logprob, entropy, *gradients.results()
 
@@ -570,37 +505,7 @@ def linear_policy_gradients_op(
 
 
 @linear_policy_gradients_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    live: Tensor,
-    temperature: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    token_ids: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    entropy_mask: Tensor | None,
-    loss_weights: Tensor,
-    entropy_weights: Tensor | None,
-    config: str,
-    scale: float,
-    cap: float | None,
-    logits_dtype: torch.dtype,
-    chunk: int,
-    with_entropy: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    compact: bool,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty(0, dtype=logits_dtype, device=hidden.device)
-    logprob, entropy, _, _ = empty_statistics(like, ids.shape, with_entropy)
-    return logprob, entropy, *empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    logits_dtype, _, with_entropy, *needs = args[-9:-3]
+    statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)
+    return statistics.logprob, statistics.entropy, *empty_gradients(hidden, weight, logits_dtype, *needs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,65 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         )
 
 
+class Statistics(NamedTuple):
+    """Of each row: log-prob and entropy of its distribution, and what the gradient needs. Entropy is an empty tensor where it is not wanted."""
+
+    logprob: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log2_sum: Tensor  # log2 of the sum of 2^(z - max)
+
+    @classmethod
+    def empty(cls, like: Tensor, shape: Sequence[int], with_entropy: bool) -> Statistics:
+        """Unfilled, for logits like these."""
+        dtype = state_dtype(like)
+        logprob, row_max, log2_sum = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(3))
+        return cls(logprob, torch.empty(shape if with_entropy else (0,), dtype=dtype, device=like.device), row_max, log2_sum)
+
+    def at(self, index: slice | Tensor) -> Statistics:
+        """Those of some rows."""
+        return Statistics._make(x[index] if x.numel() else x for x in self)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is asked of each row of logits; the tensors are all of one shape, that of the rows."""
+
+    ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    scale: float  # logit_scale / T, or logit_scale where there is a temperature for each row
+    cap: float | None
+    backend: str
+
+    def at(self, index: slice | Tensor) -> Rows:
+        """Those of some rows."""
+        mask, temperature = (None if x is None else x[index] for x in (self.mask, self.temperature))
+        return replace(self, ids=self.ids[index], mask=mask, temperature=temperature)
+
+    def live(self) -> Tensor:
+        """Which rows count."""
+        return live_rows(self.ids, self.mask)
+
+    def contiguous(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(ids, mask, temperature) as the kernels index them."""
+        mask, temperature = (None if x is None else x.contiguous() for x in (self.mask, self.temperature))
+        return self.ids.contiguous(), mask, temperature
+
+    def statistics(self, logits: Tensor, out: Statistics) -> None:
+        """Fill ``out``, contiguous and of the shape of the ids."""
+        if self.ids.numel():
+            (_triton_forward if self.backend == "triton" else _torch_forward)(logits, self, out)
+
+    def gradient(self, out: Tensor, logits: Tensor, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
+        """Fill ``out``, which may be ``logits``, with d loss / d logits, given a = d loss / d logprob and b = d loss / d entropy.
+
+        Zeros where a row is dead or has no upstream gradient.
+        """
+        if out.numel():
+            (_triton_backward if self.backend == "triton" else _torch_backward)(out, logits, self, a, b, statistics)
+
+
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -91,35 +150,21 @@ class LossTiling:
         return cls(block=block, warps=max(1, min(threads, block * itemsize // 16) // warp), stages=3)
 
 
-def _row_arguments(ids: Tensor, mask: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return ids.contiguous(), None if mask is None else mask.contiguous(), None if temperature is None else temperature.contiguous()
-
-
-def _triton_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, out: tuple[Tensor, ...]
-) -> None:
+def _triton_forward(logits: Tensor, rows: Rows, out: Statistics) -> None:
     from ..kernels import logits as kernels
 
-    x = as_rows(logits)
-    rows, vocabulary = ids.numel(), x.shape[-1]
+    x, n = as_rows(logits), rows.ids.numel()
+    vocabulary = x.shape[-1]
     config = RowConfig.of(vocabulary, x.element_size())
     segments = -(-vocabulary // config.segment)
-    ids, mask, temperature = _row_arguments(ids, mask, temperature)
-    logprob, entropy, row_max, log2_sum = out
-    results = (logprob, entropy if entropy.numel() else None, row_max, log2_sum)
-    partial = torch.empty(rows, segments, 3, dtype=torch.float32, device=x.device) if segments > 1 else None
-    layout = (x.shape[1], x.stride(0), x.stride(1), segments, scale, cap)
+    partial = torch.empty(n, segments, 3, dtype=torch.float32, device=x.device) if segments > 1 else None
+    arguments = (x, *rows.contiguous(), out.logprob, out.entropy if out.entropy.numel() else None, out.row_max, out.log2_sum, partial)
+    layout = (vocabulary, x.shape[1], x.stride(0), x.stride(1), segments, rows.scale, rows.cap)
     with device_of(x):
-        kernels.statistics_kernel[(rows * segments,)](
-            x,
-            ids,
-            mask,
-            temperature,
-            *results,
-            partial,
-            vocabulary,
+        kernels.statistics_kernel[(n * segments,)](
+            *arguments,
             *layout,
-            ENTROPY=results[1] is not None,
+            ENTROPY=out.entropy.numel() > 0,
             SEGMENT=config.segment,
             BLOCK=config.block,
             STAGES=config.stages,
@@ -127,36 +172,10 @@ def _triton_forward(
         )
         if partial is not None:
             block = 32
-            kernels.combine_kernel[(-(-rows // block),)](
-                x,
-                ids,
-                mask,
-                temperature,
-                *results,
-                partial,
-                rows,
-                vocabulary,
-                *layout,
-                ROWS=block,
-                SEGMENTS=1 << (segments - 1).bit_length(),
-                num_warps=1,
-            )
+            kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), num_warps=1)
 
 
-def _triton_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    out: Tensor,
-) -> None:
+def _triton_backward(out: Tensor, logits: Tensor, rows: Rows, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
     from ..kernels import logits as kernels
 
     x = as_rows(logits)
@@ -165,15 +184,15 @@ def _triton_backward(
     config = RowConfig.of(vocabulary, x.element_size())
     blocks = -(-vocabulary // config.block)
     with device_of(x):
-        kernels.backward_kernel[(ids.numel() * blocks,)](
+        kernels.backward_kernel[(rows.ids.numel() * blocks,)](
             x,
             dx,
-            *_row_arguments(ids, mask, temperature),
-            entropy,
-            row_max,
-            log2_sum,
-            grad_logprob.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(),
+            *rows.contiguous(),
+            statistics.entropy,
+            statistics.row_max,
+            statistics.log2_sum,
+            a.contiguous(),
+            None if b is None else b.contiguous(),
             vocabulary,
             x.shape[1],
             x.stride(0),
@@ -181,8 +200,8 @@ def _triton_backward(
             dx.stride(0),
             dx.stride(1),
             blocks,
-            scale,
-            cap,
+            rows.scale,
+            rows.cap,
             BLOCK=config.block,
             num_warps=config.warps,
         )
@@ -246,22 +265,19 @@ def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, n:
     return (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1).expand(n, 1)
 
 
-def _torch_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, out: tuple[Tensor, ...]
-) -> None:
-    vocabulary = logits.shape[-1]
-    flat = ids.flatten()
-    inside = (flat >= 0) & (flat < vocabulary)
+def _torch_forward(logits: Tensor, per_row: Rows, out: Statistics) -> None:
+    flat, scale, cap = per_row.ids.flatten(), per_row.scale, per_row.cap
+    inside = (flat >= 0) & (flat < logits.shape[-1])
     target = torch.where(inside, flat, 0).long()
     logprob, entropy, row_max, log2_sum = (o.view(-1) for o in out)
     for o in out:
         o.zero_()
-    chunks = Chunks(as_rows(logits), live_rows(ids, mask).flatten(), state_dtype(logits))
+    chunks = Chunks(as_rows(logits), per_row.live().flatten(), state_dtype(logits))
     for rows, raw in chunks:
         n = raw.shape[0]
         live = target[rows].numel()
         buffer = chunks.buffer[:n]
-        c = row_scale(scale, temperature, rows, n, buffer.dtype)
+        c = row_scale(scale, per_row.temperature, rows, n, buffer.dtype)
         x = soft_capped(raw, cap, buffer)
         m = x.amax(-1, keepdim=True)
         x_target = x[:live].gather(-1, target[rows].unsqueeze(1)).squeeze(1)
@@ -279,28 +295,15 @@ def _torch_forward(
         log2_sum[rows] = s[:live].log2()
 
 
-def _torch_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    out: Tensor,
-) -> None:
+def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
     x, dx = as_rows(logits), as_rows(out)
-    flat, a = ids.flatten(), grad_logprob.flatten()
-    b = None if grad_entropy is None else grad_entropy.flatten()
-    live = live_rows(ids, mask).flatten() & ((a != 0) if b is None else (a != 0) | (b != 0))
+    flat, scale, cap = per_row.ids.flatten(), per_row.scale, per_row.cap
+    a, b = a.flatten(), None if b is None else b.flatten()
+    live = per_row.live().flatten() & ((a != 0) if b is None else (a != 0) | (b != 0))
     inside = (flat >= 0) & (flat < x.shape[-1])
     a = a.masked_fill(~inside, torch.nan)
     target = torch.where(inside, flat, 0).long()
-    m, log2_s, h = row_max.view(-1, 1), log2_sum.view(-1, 1), entropy.view(-1, 1)
+    h, m, log2_s = (t.reshape(-1, 1) for t in statistics[1:])
     chunks = Chunks(x, live, state_dtype(logits))
     for rows, raw in chunks:
         at = target[rows].unsqueeze(1)
@@ -308,7 +311,7 @@ def _torch_backward(
         # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
         place = dx[0, rows] if isinstance(rows, slice) and dx.shape[0] == 1 and dx.dtype == chunks.dtype else None
         buffer = chunks.buffer[:n] if place is None else place
-        c = row_scale(scale, temperature, rows, n, chunks.dtype)
+        c = row_scale(scale, per_row.temperature, rows, n, chunks.dtype)
         upstream = a[rows].unsqueeze(1) * c
         z = soft_capped(raw[:n], cap, buffer)  # nothing is summed here: no need of a second row
         # With z = -inf the gradient is 0, unless the row's statistics are not finite.
@@ -329,53 +332,6 @@ def _torch_backward(
         dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
 
 
-# ---- either ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def forward_into(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    out: tuple[Tensor, ...],
-    backend: str,
-) -> None:
-    """Fill ``out``: (logprob, entropy or an empty tensor, row maximum, log2 of the sum relative to it), contiguous, of the shape of ``ids``."""
-    if ids.numel():
-        forward = _triton_forward if backend == "triton" else _torch_forward
-        forward(logits, ids, mask, temperature, scale, cap, out)
-
-
-def gradient_into(
-    out: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    backend: str,
-) -> None:
-    """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is dead or has no upstream gradient."""
-    if out.numel():
-        backward = _triton_backward if backend == "triton" else _torch_backward
-        backward(grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, out)
-
-
-def empty_statistics(like: Tensor, shape: Sequence[int], with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unfilled (logprob, entropy, row maximum, log2 of the sum); entropy is empty unless asked for."""
-    dtype = state_dtype(like)
-    logprob, row_max, log2_sum = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(3))
-    return logprob, torch.empty(shape if with_entropy else (0,), dtype=dtype, device=like.device), row_max, log2_sum
-
-
 # ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
 
 
@@ -391,27 +347,17 @@ def token_logprobs_op(
     validate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, row maximum, log2 of the sum relative to it), each of the shape of ``ids``; entropy is empty unless asked for."""
+    """:class:`Statistics`, each of the shape of ``ids``."""
     if validate:
         check_ids(ids, mask, logits.shape[-1])
-    out = empty_statistics(logits, ids.shape, with_entropy)
-    forward_into(logits, ids, mask, temperature, scale, cap, out, backend)
-    return out
+    out = Statistics.empty(logits, ids.shape, with_entropy)
+    Rows(ids, mask, temperature, scale, cap, backend).statistics(logits, out)
+    return out.logprob, out.entropy, out.row_max, out.log2_sum
 
 
 @token_logprobs_op.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    with_entropy: bool,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_statistics(logits, ids.shape, with_entropy)
+def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(Statistics.empty(logits, ids.shape, args[-3]))
 
 
 @torch.library.custom_op("rlkern::token_logprobs_backward", mutates_args=())
@@ -422,34 +368,22 @@ def token_logprobs_backward_op(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
     entropy: Tensor,
     row_max: Tensor,
     log2_sum: Tensor,
+    scale: float,
+    cap: float | None,
     backend: str,
 ) -> Tensor:
     """d loss / d logits in a new tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    gradient_into(out, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, backend)
+    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    rows.gradient(out, logits, grad_logprob, grad_entropy, Statistics(grad_logprob, entropy, row_max, log2_sum))
     return out
 
 
 @token_logprobs_backward_op.register_fake
-def _(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    backend: str,
-) -> Tensor:
+def _(grad_logprob: Tensor, grad_entropy: Tensor | None, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -461,15 +395,16 @@ def token_logprobs_backward_inplace_op(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    scale: float,
-    cap: float | None,
     entropy: Tensor,
     row_max: Tensor,
     log2_sum: Tensor,
+    scale: float,
+    cap: float | None,
     backend: str,
 ) -> None:
     """d loss / d logits, written over ``logits``."""
-    gradient_into(logits, grad_logprob, grad_entropy, logits, ids, mask, temperature, scale, cap, entropy, row_max, log2_sum, backend)
+    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    rows.gradient(logits, logits, grad_logprob, grad_entropy, Statistics(grad_logprob, entropy, row_max, log2_sum))
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -507,7 +442,7 @@ class TokenLogprobs(torch.autograd.Function):
             return (None,) * 10
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(row_max)
-        args = (grad_logprob, grad_entropy, logits, ids, mask, temperature, ctx.scale, ctx.cap, entropy, row_max, log2_sum, ctx.backend)
+        args = (grad_logprob, grad_entropy, logits, ids, mask, temperature, entropy, row_max, log2_sum, ctx.scale, ctx.cap, ctx.backend)
         if ctx.inplace:
             token_logprobs_backward_inplace_op(*args)
             return (logits.detach(),) + (None,) * 9
