@@ -35,9 +35,10 @@ from rlkern import _backend
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, with what one multiprocessor holds (NVIDIA: the CUDA programming guide's table; AMD: the CDNA3 guide, a compute unit)."""
+    """A GPU to compile for: its multiprocessors (AMD: compute units) and what each holds, by the CUDA programming guide and AMD's CDNA3 guide."""
 
     gpu: GPUTarget
+    multiprocessors: int  # of the A100, H200, B200, MI300X
     shared: int  # bytes
     warps: int
     registers: int  # NVIDIA: 32-bit registers; AMD: vector registers of one lane of a SIMD, of which there are four
@@ -45,10 +46,10 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), shared=164 << 10, warps=64, registers=65536),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), shared=228 << 10, warps=64, registers=65536),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), shared=228 << 10, warps=64, registers=65536),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), shared=64 << 10, warps=32, registers=512),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), multiprocessors=108, shared=164 << 10, warps=64, registers=65536),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), multiprocessors=132, shared=228 << 10, warps=64, registers=65536),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), multiprocessors=148, shared=228 << 10, warps=64, registers=65536),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), multiprocessors=304, shared=64 << 10, warps=32, registers=512),
 }
 
 
@@ -105,8 +106,10 @@ def record(launches: Mapping[str, Callable[[], Any]], target: str) -> list[Speci
     with contextlib.ExitStack() as stack:
         stack.enter_context(_active(_Driver(target)))
         stack.enter_context(_replaced(JITFunction, run=run_recorded, _do_compile=compile_recorded))
-        # The library refuses CPU tensors unless it believes itself interpreted, and asks PyTorch whose GPU it is.
+        # The library refuses CPU tensors unless it believes itself interpreted, and asks PyTorch whose GPU it is, and how large.
         stack.enter_context(_replaced(_backend, INTERPRETED=True))
+        for module in [m for name, m in sys.modules.items() if name.startswith("rlkern.") and hasattr(m, "multiprocessors")]:
+            stack.enter_context(_replaced(module, multiprocessors=lambda x: TARGETS[target].multiprocessors))
         stack.enter_context(_replaced(torch.version, hip="AMD" if TARGETS[target].gpu.backend == "hip" else None))
         for current["launch"], launch in launches.items():
             launch()
