@@ -1,5 +1,6 @@
 """The recursions over time, both backends against the float64 reference, by identities, and by hand."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from judge import assert_accurate, error
 from torch import Tensor
 
 import rlkern as rk
+from bench.traffic import traffic
 from rlkern import reference
 from rlkern.ops import scan as ops
 
@@ -18,7 +20,7 @@ nan = math.nan
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 2 rows x 16 steps, so that short rows need several: the interpreter walks every lane of a tile."""
-    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length: cls(rows=2, lanes=4, warps=1)))
+    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=2, lanes=4, warps=1)))
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -113,30 +115,38 @@ def test_long_rows_on_the_cpu():
     assert_accurate(advantages, total - v.double(), eps=1e-6 * scale)
 
 
-@pytest.mark.parametrize("case", ["skip, all", "decay, all"])
-def test_few_long_rows_are_split(case, device, monkeypatch):
-    """Two launches in place of one: summaries of the tiles, then each tile from those that follow it."""
-    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length: cls(rows=1, lanes=1, warps=1)))
+@pytest.fixture
+def many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that a few rows leave idle, and tiles of 4 steps."""
+    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=1, lanes=1, warps=1)))
     monkeypatch.setattr(ops, "multiprocessors", lambda x: 132)
-    options = {"gamma": 0.97, "lam": 0.9, **BOUNDARIES[case]}
-    r, v = numbers(2, B, T)
-    exact = reference.gae(r, v, **options)
-    split = rk.gae(r.to(device), v.to(device), backend="triton", **{k: to(x, device) for k, x in options.items()})
-    for ours, truth in zip(split, exact, strict=True):
+
+
+def assert_split(launches: int, options: dict[str, Any], r: Tensor, v: Tensor, device: torch.device) -> None:
+    exact = reference.gae(r, v, gamma=0.97, lam=0.9, **options)
+    options = {k: to(x, device) for k, x in options.items()}
+    with contextlib.nullcontext() if torch.cuda.is_available() else traffic() as moved:
+        results = rk.gae(r.to(device), v.to(device), gamma=0.97, lam=0.9, backend="triton", **options)
+    for ours, truth in zip(results, exact, strict=True):
         assert_accurate(ours, truth, eps=1e-13)
-    monkeypatch.setattr(ops, "multiprocessors", lambda x: 1)
-    whole = rk.gae(r.to(device), v.to(device), backend="triton", **{k: to(x, device) for k, x in options.items()})
-    assert error(split[0], whole[0]) < 1e-13
+    assert moved is None or moved.launches == launches
 
 
-def test_split_packed_sequences(device, monkeypatch):
-    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length: cls(rows=1, lanes=1, warps=1)))
-    monkeypatch.setattr(ops, "multiprocessors", lambda x: 132)
-    cu_seqlens = torch.tensor([0, 0, 13, 14, 50])
-    r, v = numbers(2, 50)
-    exact = reference.gae(r, v, gamma=0.9, lam=0.8, cu_seqlens=cu_seqlens)
-    ours = rk.gae(r.to(device), v.to(device), gamma=0.9, lam=0.8, cu_seqlens=cu_seqlens.to(device), backend="triton")
-    assert_accurate(ours[0], exact[0], eps=1e-13)
+@pytest.mark.usefixtures("many_multiprocessors")
+@pytest.mark.parametrize("case", ["skip, all", "decay, all"])
+def test_few_long_rows_are_split(case, device):
+    """Two launches in place of one: summaries of the tiles, then each tile from those that follow it."""
+    assert_split(2, BOUNDARIES[case], *numbers(2, B, T), device)
+
+
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_few_long_sequences_are_split(device):
+    assert_split(2, {"cu_seqlens": torch.tensor([0, 33, 33, 99])}, *numbers(2, 99), device)
+
+
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_rows_of_two_numbers_are_not_split(device):
+    assert_split(1, BOUNDARIES["skip, truncated"], *numbers(2, B, T), device)
 
 
 # ---- identities -----------------------------------------------------------------------------------------------------------------------------

@@ -121,11 +121,11 @@ class TileConfig:
     warps: int
 
     @classmethod
-    def of(cls, length: int) -> TileConfig:
-        """By the length of a row alone (packed: the mean), rounded up to a power of 2, so that results do not depend on the batch."""
-        lanes = min(512, max(4, 1 << (-(-length // 4) - 1).bit_length()))
-        rows = max(1, 256 // lanes)
-        return cls(rows=rows, lanes=lanes, warps=rows * lanes // 64)  # 8 steps a thread
+    def of(cls, length: int, heavy: bool) -> TileConfig:
+        """By the length of a row (packed: the mean), rounded up to a power of 2. ``heavy``: with 8 steps a thread, registers would spill."""
+        lanes = min(128 if heavy else 512, max(4, 1 << (-(-length // 4) - 1).bit_length()))
+        rows = max(1, (128 if heavy else 256) // lanes)
+        return cls(rows=rows, lanes=lanes, warps=rows * lanes // (32 if heavy else 64))
 
 
 def _triton(
@@ -137,19 +137,18 @@ def _triton(
     advantages = torch.empty_like(returns) if with_advantages else None
     if sequences.cu_seqlens is None:
         rows, length = steps.rewards.shape
-        strides = [0 if x is None else x.stride(0) for x in steps]
-        config = TileConfig.of(length)
+        strides, mean_length = [0 if x is None else x.stride(0) for x in steps], length
     else:
         rows, length = sequences.cu_seqlens.numel() - 1, 1  # the kernel's rows begin at tokens, which lie one apart
-        strides = [1] * len(steps)
-        config = TileConfig.of(steps.rewards.numel() // max(rows, 1))
+        strides, mean_length = [1] * len(steps), steps.rewards.numel() // max(rows, 1)
+    config = TileConfig.of(mean_length, heavy=steps.logprobs is not None or dtype == torch.float64)
     tile = 4 * config.lanes
-    longest = steps.rewards.shape[1]  # packed: one sequence may have all the tokens
     # Few long rows leave most of the GPU idle: split them, though that reads the inputs twice. The state of V-trace, or of a truncation without
-    # next_values, is more than the one number that is handed on between the parts.
+    # next_values, is more than the one number that is handed on between the parts. Packed, one sequence may have all the tokens.
     one_number = steps.logprobs is None and (steps.truncated is None or steps.next_values is not None)
-    chunks = -(-longest // tile) if one_number and longest >= 8 * tile and rows < multiprocessors(returns) else 1
-    summary = returns.new_empty(rows, chunks, 2) if chunks > 1 else None
+    split = one_number and mean_length >= 8 * tile and rows < multiprocessors(returns)
+    chunks = -(-steps.rewards.shape[1] // tile) if split else 1
+    summary = returns.new_empty(rows, chunks, 2) if split else None
     with device_of(returns):
         for summarise in (False,) if summary is None else (True, False):
             kernels.lambda_returns_kernel[(-(-rows // config.rows) * chunks,)](
