@@ -1,0 +1,72 @@
+"""Last hidden states and head of a transformers causal language model: what the functions from hidden states are given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Head(NamedTuple):
+    """How a model makes logits of its last hidden states; ``**head._asdict()`` are arguments of ``rk.linear_token_logprobs`` and its kin."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside data parallelism, torch.compile and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # PEFT: its layers stand inside the model itself
+            model = model.get_base_model()
+        elif not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a causal language model: weight and bias, soft-cap (Gemma), factor of the logits (Cohere, Granite).
+
+    Raises:
+        TypeError: for a model without a linear language-model head.
+    """
+    inner = unwrap(model)
+    linear = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        raise TypeError(f"{type(inner).__name__} has no language-model head with a weight; expected a transformers causal language model")
+    config = inner.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+
+
+class LastHidden(nn.Module):
+    """A causal language model whose forward stops before the head: ``[batch, time, width]`` instead of logits. Parameters are the model's own.
+
+    Wrap this, not the model, in data parallelism, so that its hooks see the forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """The last hidden states for the arguments of the model's own forward."""
+        inner = unwrap(self.model)
+        body = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+        return body(**inputs).last_hidden_state
+
+
+def last_hidden_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Head]:
+    """(last hidden states ``[batch, time, width]``, head) of a causal language model, whose logits are not computed.
+
+    Takes the arguments of the model's own forward. ``rk.linear_token_logprobs(hidden[:, :-1], ids=ids[:, 1:], **head._asdict())`` then are the
+    log-probs of its tokens.
+    """
+    return LastHidden(model)(**inputs), head_of(model)
