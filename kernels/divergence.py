@@ -29,11 +29,19 @@ def cross(t, s, m, m_new, other, other_new, x, y, c):
 
 
 @triton.jit
-def load_block(x_row, y_row, column, V, live, cap, EVICTION: tl.constexpr):
-    """The same columns of both rows, soft-capped; -inf beyond them."""
-    # V itself bounds the columns, as in logits.segment_statistics.
-    x = tl.load(x_row + column, mask=(column < V) & live, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
-    y = tl.load(y_row + column, mask=(column < V) & live, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
+def is_live(row, mask_ptr):
+    """Whether the row counts."""
+    live = row >= 0
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + row) != 0)
+    return live
+
+
+@triton.jit
+def load_block(x_row, y_row, column, there, cap, EVICTION: tl.constexpr):
+    """The same columns of both rows, soft-capped; -inf where not ``there``."""
+    x = tl.load(x_row + column, mask=there, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
+    y = tl.load(y_row + column, mask=there, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
     return logits.soft_cap(x, cap), logits.soft_cap(y, cap)
 
 
@@ -86,9 +94,7 @@ def divergence_kernel(
     ``statistics_ptr [rows, 5]`` takes m_p, log2 s_p, m_q, log2 s_q and what the gradient subtracts, in nats: KL(p || q), 0, or KL(p || M).
     """
     row = tl.program_id(0).to(tl.int64)
-    live = row >= 0
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + row) != 0
+    live = is_live(row, mask_ptr)
     c = logits.row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
     x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
@@ -100,7 +106,8 @@ def divergence_kernel(
     t = tl.zeros([BLOCK], tl.float32)
     stop = tl.where(live, V, 0)  # a dead row has no columns
     for begin in tl.range(0, stop, BLOCK, num_stages=STAGES):
-        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK), V, True, cap, EVICTION)
+        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+        x, y = load_block(x_row, y_row, column, column < V, cap, EVICTION)
         m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
         m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
         if KIND == "kl":
@@ -128,7 +135,7 @@ def divergence_kernel(
         blocks = tl.cdiv(stop, BLOCK)
         for k in tl.range(0, blocks, num_stages=STAGES):
             column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
-            x, y = load_block(x_row, y_row, column, V, True, cap, "evict_first")
+            x, y = load_block(x_row, y_row, column, column < V, cap, "evict_first")
             D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
             log2_m, apart, smaller = to_mixture(D, beta)
             # Both probabilities from one 2^: the units for it are what bounds this pass.
@@ -181,9 +188,7 @@ def divergence_backward_kernel(
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = row >= 0
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + row) != 0
+    live = is_live(row, mask_ptr)
     upstream = tl.load(grad_ptr + row, mask=live, other=0.0)
     live = live & (upstream != 0.0)
     statistics = statistics_ptr + row * 5
@@ -197,7 +202,7 @@ def divergence_backward_kernel(
     x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
     dx_row = logits.row_pointer(dx_ptr, row, x_inner, dx_outer_stride, dx_inner_stride)
-    x, y = load_block(x_row, y_row, column, V, live, cap, "evict_first")
+    x, y = load_block(x_row, y_row, column, (column < V) & live, cap, "evict_first")
     p = tl.exp2((x - m_p) * c - log2_p_sum)
     if KIND == "reverse":
         dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
