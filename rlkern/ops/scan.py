@@ -76,11 +76,9 @@ def lambda_returns(
     """
     if validate and cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=True)
-    dtype, device = result_dtype(rewards, values), rewards.device
+    dtype = result_dtype(rewards, values)
     if rewards.numel() == 0:
-        return torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=device), torch.empty(
-            rewards.shape, dtype=dtype, device=device
-        )
+        return rewards.new_empty(rewards.shape if with_advantages else 0, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
     steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
     sequences = (last_values, cu_seqlens, gammas, lams)
     run = _triton if backend == "triton" else _torch
@@ -92,15 +90,14 @@ def lambda_returns(
         with_advantages,
         dtype,
     )
-    return torch.empty(0, dtype=dtype, device=device) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape)
+    return returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
 @lambda_returns.register_fake
 def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor]:
+    returns = rewards.new_empty(rewards.shape, dtype=result_dtype(rewards, values))
     with_advantages = args[-3]
-    dtype = result_dtype(rewards, values)
-    returns = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
-    return torch.empty(rewards.shape if with_advantages else 0, dtype=dtype, device=rewards.device), returns
+    return torch.empty_like(returns) if with_advantages else returns.new_empty(0), returns
 
 
 def _rows(x: Tensor) -> Tensor:
