@@ -59,6 +59,14 @@ def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: to
     ).loss.backward()
 
 
+def _divergence(
+    beta: float, dtype: torch.dtype = torch.bfloat16, ref_dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any
+) -> None:
+    """KL for beta 1, reverse KL for 0, JSD between."""
+    logits, _ = _logits(dtype, vocabulary=vocabulary)
+    rk.generalized_jsd(logits, torch.zeros(*ROWS, vocabulary, dtype=ref_dtype), beta=beta, backend="triton", **options).sum().backward()
+
+
 def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend="triton", **options)
 
@@ -124,6 +132,16 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "policy_loss by VESPO": partial(_policy_loss, rk.PolicyLossConfig.vespo()),
     "policy_loss by a user's own surrogate": partial(_policy_loss, own_surrogate.CONFIG),
     "fused_policy_loss by a user's own surrogate": partial(_fused_policy_loss, own_surrogate.CONFIG),
+    **{f"full_kl {name}": partial(_divergence, 1.0, dtype, dtype) for name, dtype in DTYPES.items()},
+    **{f"full_kl in reverse, {name}": partial(_divergence, 0.0, dtype, dtype) for name, dtype in DTYPES.items()},
+    **{f"generalized_jsd {name}": partial(_divergence, 0.5, dtype, dtype) for name, dtype in DTYPES.items()},
+    **{
+        f"generalized_jsd with every input, beta {beta}": partial(
+            _divergence, beta, ref_dtype=torch.float32, mask=torch.ones(ROWS, dtype=torch.bool), temperature=torch.ones(ROWS), softcap=30.0
+        )
+        for beta in (0.0, 0.5, 1.0)
+    },
+    "generalized_jsd small odd vocabulary": partial(_divergence, 0.5, vocabulary=1009),
     **{f"gae of {steps} steps": partial(_gae, 8, steps) for steps in (16, 512, 8192)},
     "gae of bf16": partial(_gae, 8, 512, dtype=torch.bfloat16),
     "gae of float64, packed": partial(_gae, 4096, dtype=torch.float64, cu_seqlens=torch.tensor([0, 1000, 4096])),

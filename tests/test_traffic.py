@@ -91,6 +91,40 @@ def test_fused_loss_reads_the_logits_twice_and_writes_them_once(inplace):
     assert moved.of(gradient).stored == size(gradient)
 
 
+# ---- divergences ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_divergences_read_each_model_once_and_mixtures_twice(beta, vocabulary):
+    """A mixture is known only when both sums are: the second time from L2."""
+    logits, ref_logits = _logits(vocabulary)[0], _logits(vocabulary)[0].detach()
+    moved, result = measure(lambda: rk.generalized_jsd(logits, ref_logits, beta=beta, backend="triton"))
+    reads = 2 if beta == 0.5 else 1
+    for x in (logits, ref_logits):
+        assert moved.of(x).loaded == reads * size(x)
+    assert moved.launches == 1
+    statistics = 5 * result.numel() * 4
+    assert_at_floor(moved, reads * size(logits, ref_logits) + size(result) + statistics)
+
+    upstream = torch.randn_like(result)
+    moved, (gradient,) = measure(lambda: torch.autograd.grad(result, logits, upstream))
+    assert moved.of(logits).loaded == moved.of(ref_logits).loaded == moved.of(gradient).stored == size(logits)
+    assert moved.launches == 1
+    assert_at_floor(moved, 3 * size(logits) + size(upstream) + statistics)
+
+
+def test_masked_rows_of_divergences_are_not_read():
+    logits, ref_logits = _logits(6000)[0], _logits(6000)[0].detach()
+    mask = torch.tensor([1, 1, 0, 1, 1, 1])
+    moved, result = measure(lambda: rk.full_kl(logits, ref_logits, mask=mask, backend="triton"))
+    assert moved.of(logits).loaded == moved.of(ref_logits).loaded == size(logits) * 5 // 6
+    upstream = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    moved, (gradient,) = measure(lambda: torch.autograd.grad(result, logits, upstream))
+    assert moved.of(logits).loaded == moved.of(ref_logits).loaded == size(logits) * 4 // 6
+    assert moved.of(gradient).stored == size(gradient)
+
+
 # ---- the policy loss on tokens --------------------------------------------------------------------------------------------------------------
 
 

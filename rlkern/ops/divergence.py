@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .._backend import device_of
 from .._checks import state_dtype
 from .linear import Gradients, Head, empty_gradients, pick, spread, taking_part
-from .logits import Chunks, RowConfig, as_rows, locate, row_scale, soft_capped
+from .logits import Chunks, as_rows, locate, row_scale, soft_capped
 
 STATISTICS = 5
 _LN2 = math.log(2.0)
@@ -74,9 +74,25 @@ class Comparison:
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def _tiling(x: Tensor, y: Tensor) -> RowConfig:
-    """Of the wider of the two: both lie in registers at once."""
-    return RowConfig.of(x.shape[-1], max(x.element_size(), y.element_size()))
+@dataclass(frozen=True)
+class PairTiling:
+    """How two rows of logits are cut, side by side: ``block`` columns at a time by ``warps`` warps."""
+
+    block: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, *, twice: bool = False) -> PairTiling:
+        """One load of 16 bytes a thread of the narrower: three accumulators, or the terms of a mixture, then fit the registers.
+
+        Rows that are passed over ``twice`` go one to a multiprocessor, which 512 threads fill: more would not fit the L2 cache.
+        """
+        vocabulary, itemsize = x.shape[-1], min(x.element_size(), y.element_size())
+        threads = 512 if twice else 256
+        block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
+        warp = 64 if torch.version.hip else 32
+        return cls(block=block, warps=max(1, block * itemsize // 16 // warp), stages=3)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int]:
@@ -91,7 +107,7 @@ def _triton_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tupl
     from ..kernels import divergence as kernels
 
     x, y = as_rows(logits), as_rows(ref_logits)
-    tiling = _tiling(x, y)
+    tiling = PairTiling.of(x, y, twice=o.kind == "jsd")
     with device_of(x):
         kernels.divergence_kernel[(out[0].numel(),)](
             x,
@@ -116,7 +132,7 @@ def _triton_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tens
 
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in ops/logits.py
-    tiling = _tiling(x, y)
+    tiling = PairTiling.of(x, y)
     blocks = -(-x.shape[-1] // tiling.block)
     with device_of(x):
         kernels.divergence_backward_kernel[(grad.numel() * blocks,)](
