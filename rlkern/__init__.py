@@ -6,6 +6,7 @@ from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_general
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
 from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
+from .surrogates import register_surrogate
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "linear_generalized_jsd",
     "linear_token_logprobs",
     "policy_loss",
+    "register_surrogate",
     "td_lambda",
     "token_logprobs",
     "vtrace",

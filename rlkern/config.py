@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from ._checks import check_choice, check_number
+from .surrogates import name_of
 
-SURROGATES = ("clip", "cispo", "sapo", "gmpo", "vespo", "dppo_tv", "dppo_kl", "reinforce")
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
 KL_RATIO_WEIGHTS = (False, True, "score", "sampling")
@@ -60,6 +60,7 @@ class PolicyLossConfig:
                      dppo_form "ratio": -r A, "score": -sg(min(r, ratio_cap)) A lp
         "dppo_kl"    the same with the binary KL of p_old and p
         "reinforce"  -A lp
+        or a term of your own: a ``@triton.jit`` function, or the name that :func:`rlkern.register_surrogate` has given it (which it then has here)
     ratio_level: "token", "sequence" (GSPO; gradient through the mean), "sequence_token" (GSPO-token), "sequence_sum" (RLOO). "gmpo" and "vespo"
         reduce over the sequence by themselves and take "token".
     clip_low, clip_high: distances from 1 (clip, cispo), of log r from 0 (gmpo), of p from p_old (dppo_tv), or of divergence (dppo_kl);
@@ -77,7 +78,7 @@ class PolicyLossConfig:
     max_length: for "seq-mean-token-sum-norm"; None: the length of the time dimension of padded inputs.
     """
 
-    surrogate: str = "clip"
+    surrogate: str | Any = "clip"
     ratio_level: str = "token"
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
@@ -106,7 +107,7 @@ class PolicyLossConfig:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_choice("surrogate", self.surrogate, SURROGATES)
+        object.__setattr__(self, "surrogate", name_of(self.surrogate))
         check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
         check_choice("dppo_form", self.dppo_form, ("ratio", "score"))
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)

@@ -20,6 +20,7 @@ from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
+from .surrogates import check_backend, own_surrogate
 
 
 class Objective(NamedTuple):
@@ -92,11 +93,12 @@ def _objective(
     **tokens: Tensor | float | None,
 ) -> Objective:
     """Check the arguments of the objective. ``skip``: leave out the rows whose advantage is 0, where nothing else gives them a gradient."""
+    check_backend(config.surrogate, backend)
     unfilled = torch.empty(ids.shape, dtype=state_dtype(like), device=ids.device)
     entropy = unfilled if with_entropy else None
     checked = check_tokens(unfilled, old_logprobs, advantages, mask=live, entropy=entropy, config=config, validate=validate, **tokens)  # type: ignore[arg-type]
     evaluated = None
-    if skip and config.kl_coef == 0 and config.entropy_coef == 0:
+    if skip and config.kl_coef == 0 and config.entropy_coef == 0 and own_surrogate(config.surrogate) is None:
         evaluated = live & (reference.per_token(checked.advantages, unfilled, checked.cu_seqlens) != 0)
         if not config.is_token_level:  # a sequence is needed whole
             some = reference.sequence_sum(evaluated.to(unfilled.dtype), checked.cu_seqlens) > 0
@@ -229,11 +231,12 @@ def fused_linear_policy_loss(
             :func:`rlkern.policy_loss`; ids of -100 count as masked.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
         rows: ``[n]``, int32 or int64: the positions of flattened ``S`` whose loss can have a gradient, where the caller knows them. The others must
-            be masked, or have advantage 0 with neither a KL nor an entropy term: they still count in the denominators, but not in the metrics.
+            be masked, or have advantage 0 with neither a KL nor an entropy term (nor a surrogate of your own that is not 0 there): they still
+            count in the denominators, but not in the metrics.
         compact: leave rows out of the products by counting them (on a GPU: a synchronisation). None: masked rows, and in the products of the
-            gradients those that the clip stopped, where this is free (on the CPU). True: anywhere, and also, where there is no KL or entropy term,
-            rows whose advantage is 0. These add nothing to loss or gradients and still count in the denominators; the metrics are means over
-            the rest, and their log-prob and entropy come back as 0. False: every row is computed.
+            gradients those that the clip stopped, where this is free (on the CPU). True: anywhere, and also, where there is no KL or entropy term
+            and the surrogate is built in, rows whose advantage is 0. These add nothing to loss or gradients and still count in the denominators;
+            the metrics are means over the rest, and their log-prob and entropy come back as 0. False: every row is computed.
         mode: force "in-forward", "recompute" or "frozen-head", for comparison; an error where that cannot be.
         validate, backend: as in :func:`rlkern.token_logprobs`.
 

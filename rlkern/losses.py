@@ -13,6 +13,7 @@ from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number,
 from .config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS, SEQUENCE_AGGREGATIONS, Clamp, PolicyLossConfig, check_clamp
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
+from .surrogates import check_backend
 
 
 class LossOutput(NamedTuple):
@@ -89,7 +90,9 @@ def policy_loss(
         config=config,
         validate=validate,
     )
-    loss, metrics = policy_loss_on_tokens(tokens, config, choose_backend(backend, logprobs))
+    backend = choose_backend(backend, logprobs)
+    check_backend(config.surrogate, backend)
+    loss, metrics = policy_loss_on_tokens(tokens, config, backend)
     return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
 
 

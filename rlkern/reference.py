@@ -385,8 +385,10 @@ def policy_loss(
         loss = vespo_surrogate(lp, log_r.detach(), A, w, w_by_sequence, c, cu_seqlens)
     elif c.surrogate in ("dppo_tv", "dppo_kl"):
         loss = dppo_surrogate(lp, old, r, A, c)
-    else:
+    elif c.surrogate == "reinforce":
         loss = -A * lp
+    else:
+        raise ValueError(f"the reference has no formula for surrogate {c.surrogate!r}")
 
     if c.off_policy_threshold is not None and sampling_logprobs is not None:
         drift = sequence_sum(constant(sampling_logprobs) - lp.detach(), cu_seqlens)

@@ -11,9 +11,10 @@ from judge import assert_accurate, rounding
 import rlkern as rk
 from bench.harness import peak_memory
 from rlkern import reference
-from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS, SURROGATES
+from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS
 from rlkern.ops import fused as fused_ops
 from rlkern.ops import linear as linear_ops
+from rlkern.surrogates import SURROGATES
 
 Config = rk.PolicyLossConfig
 PRESETS = ["ppo", "grpo", "dapo", "dr_grpo", "bnpo", "luspo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo", "reinforce"]

@@ -14,6 +14,7 @@ from rlkern import config as config_module
 from rlkern import reference
 from rlkern.ops import policy as ops
 from rlkern.ops.policy import policy_loss_op
+from rlkern.surrogates import SURROGATES
 
 Config = rk.PolicyLossConfig
 INTERPRETED = not torch.cuda.is_available()
@@ -138,7 +139,7 @@ CASES: dict[str, Config] = {
 
 
 CHOICES = {
-    "surrogate": config_module.SURROGATES,
+    "surrogate": SURROGATES,
     "ratio_level": config_module.RATIO_LEVELS,
     "kl_estimator": config_module.KL_ESTIMATORS,
     "kl_ratio_weighted": config_module.KL_RATIO_WEIGHTS,

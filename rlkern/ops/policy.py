@@ -12,6 +12,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from ..config import PolicyLossConfig
 from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
+from ..surrogates import own_surrogate
 from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
 
 METRICS = (
@@ -64,11 +65,12 @@ PROGRAMS = 4096
 
 
 def term_functions(config: PolicyLossConfig) -> dict[str, Any]:
-    """The functions of ``kernels/policy.py`` and ``kernels/kl.py`` that a kernel is specialised to."""
+    """The functions of ``kernels/policy.py`` and ``kernels/kl.py``, or the user's, that a kernel is specialised to."""
     from ..kernels import kl, policy
 
+    own = own_surrogate(config.surrogate)
     return {
-        "TERM": getattr(policy, surrogate_of(config).term.__name__),
+        "TERM": getattr(policy, surrogate_of(config).term.__name__) if own is None else own.on("triton"),
         "ESTIMATOR": getattr(kl, ESTIMATORS[config.kl_estimator].__name__),
         "KL_WEIGHT": {"False": "none", "True": "ratio"}.get(str(config.kl_ratio_weighted), config.kl_ratio_weighted),
     }

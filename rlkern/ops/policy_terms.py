@@ -6,19 +6,21 @@ Elementwise on tensors of any shape, in the dtype of the log-probs; used where g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import INF, PolicyLossConfig, bounds
+from ..surrogates import OwnSurrogate, own_surrogate
 
 
 class Options(NamedTuple):
     """The numbers of a :class:`PolicyLossConfig` as the terms read them: an option that is absent is neutral."""
 
-    low: float  # of the ratio (clip, cispo), of its logarithm (gmpo), of p - p_old (dppo_tv), of minus the divergence (dppo_kl)
+    low: float  # of the ratio (clip, cispo), its logarithm (gmpo), p - p_old (dppo_tv), minus the divergence (dppo_kl); -clip_low for users' own
     high: float
     ratio_cap: float
     dual_clip: float
@@ -249,8 +251,42 @@ SURROGATES: dict[str, Surrogate] = {
 }
 
 
+@contextmanager
+def autograd_in_operator() -> Iterator[None]:
+    """Differentiation as usual inside an operator, which runs below autograd, maybe in inference mode or under somebody's hooks for saved tensors."""
+    # To end inference mode is also what lets an operator's calls through to autograd again.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        # Compiled programs leave out, besides, what tells autograd of views that are written in place: gradients would be wrong without a word.
+        excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.ADInplaceOrView)
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            yield
+
+
+def own_term(own: OwnSurrogate) -> Term:
+    """The term of a user's function, differentiated by autograd."""
+
+    def term(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
+        function = own.on("torch")
+        with autograd_in_operator():
+            # Inference tensors cannot be saved for a backward; lp and old may be one tensor, of which only the former is differentiated.
+            lp, old, log_r, A = (x.clone() if x.is_inference() else x.detach() for x in (lp, old, log_r, A))
+            inputs = (lp.requires_grad_(), log_r.requires_grad_())
+            loss = function(lp, old, log_r, A, o)
+            if not isinstance(loss, Tensor) or loss.shape != A.shape:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"the PyTorch form of surrogate {own.name!r} must give the loss of each token, a tensor {tuple(A.shape)}; got {got}")
+            slopes = torch.autograd.grad(loss.sum(), inputs, allow_unused=True) if loss.requires_grad else (None, None)
+        d_lp, d_log_r = (0.0 if x is None else x for x in slopes)
+        return loss.detach(), d_lp, d_log_r
+
+    return term
+
+
 def surrogate_of(config: PolicyLossConfig) -> Surrogate:
     """The surrogate that ``config`` names."""
+    own = own_surrogate(config.surrogate)
+    if own is not None:
+        return Surrogate(own_term(own))
     return SURROGATES[f"{config.surrogate}/{config.dppo_form}" if config.surrogate.startswith("dppo") else config.surrogate]
 
 
