@@ -1,8 +1,8 @@
 """Kernels over two logits tensors: KL, reverse KL and generalised Jensen-Shannon divergence of each row's softmaxes, and the gradient to the first.
 
 ``x`` makes p (the policy, the student), ``y`` makes q (the reference, the teacher); see softmax.py for a row's ``m``, ``s`` and ``c``. Both are read
-once for a KL; a JSD needs both sums before its terms, so that it reads them again, backwards, from the cache. Log-ratios come from differences to the
-maxima, ``D = log2 p - log2 q = c ((x - m_p) - (y - m_q)) - (log2 s_p - log2 s_q)``, so that they are as exact as they are small.
+once for a KL; a JSD needs both sums before its terms, and reads them again, backwards: what the cache still holds first. Log-ratios come from
+differences to the maxima, ``D = log2 p - log2 q = c ((x - m_p) - (y - m_q)) - (log2 s_p - log2 s_q)``, so that they are as exact as they are small.
 
 ``-inf`` on both sides contributes nothing; ``x > -inf`` where ``y = -inf`` makes KL(p || q) infinite, however small p is.
 """
@@ -98,6 +98,8 @@ def divergence_kernel(
     c = logits.row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
     x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
+    if KIND == "reverse":  # the same, from the other side
+        x_row, y_row = y_row, x_row
     EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else "evict_first"
     m_p = tl.full([], softmax.NEG_INF, tl.float32)
     m_q = tl.full([], softmax.NEG_INF, tl.float32)
@@ -110,10 +112,8 @@ def divergence_kernel(
         x, y = load_block(x_row, y_row, column, column < V, cap, EVICTION)
         m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
         m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
-        if KIND == "kl":
+        if KIND != "jsd":
             t = cross(t, s_p, m_p, m_p_new, m_q, m_q_new, x, y, c)
-        elif KIND == "reverse":
-            t = cross(t, s_q, m_q, m_q_new, m_p, m_p_new, y, x, c)
         m_p = m_p_new
         m_q = m_q_new
         s_p = s_p_new
@@ -123,11 +123,13 @@ def divergence_kernel(
     log2_p_sum = log2_sum(p_sum)
     log2_q_sum = log2_sum(q_sum)
     mean = 0.0
-    if KIND == "kl":
+    if KIND != "jsd":
         result = (tl.sum(t, 0) / p_sum - (log2_p_sum - log2_q_sum)) * softmax.LN2
-        mean = result
-    elif KIND == "reverse":
-        result = (tl.sum(t, 0) / q_sum - (log2_q_sum - log2_p_sum)) * softmax.LN2
+        if KIND == "kl":
+            mean = result
+        else:
+            m_p, m_q = m_q, m_p
+            log2_p_sum, log2_q_sum = log2_q_sum, log2_p_sum
     else:
         beta = tl.cast(beta, tl.float32)
         of_p = tl.zeros([BLOCK], tl.float32)

@@ -83,13 +83,9 @@ class PairTiling:
     stages: int
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, *, twice: bool = False) -> PairTiling:
-        """One load of 16 bytes a thread of the narrower: three accumulators, or the terms of a mixture, then fit the registers.
-
-        Rows that are passed over ``twice`` go one to a multiprocessor, which 512 threads fill: more would not fit the L2 cache.
-        """
+    def of(cls, x: Tensor, y: Tensor, threads: int) -> PairTiling:
+        """One load of 16 bytes a thread of the narrower: more would not fit the registers."""
         vocabulary, itemsize = x.shape[-1], min(x.element_size(), y.element_size())
-        threads = 512 if twice else 256
         block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
         warp = 64 if torch.version.hip else 32
         return cls(block=block, warps=max(1, block * itemsize // 16 // warp), stages=3)
@@ -107,7 +103,8 @@ def _triton_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tupl
     from ..kernels import divergence as kernels
 
     x, y = as_rows(logits), as_rows(ref_logits)
-    tiling = PairTiling.of(x, y, twice=o.kind == "jsd")
+    # Two passes want few rows in flight, for the cache; one wants many small programs, since each block ends in two reductions.
+    tiling = PairTiling.of(x, y, threads=256 if o.kind == "jsd" else 128)
     with device_of(x):
         kernels.divergence_kernel[(out[0].numel(),)](
             x,
@@ -132,7 +129,7 @@ def _triton_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tens
 
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in ops/logits.py
-    tiling = PairTiling.of(x, y)
+    tiling = PairTiling.of(x, y, threads=256)
     blocks = -(-x.shape[-1] // tiling.block)
     with device_of(x):
         kernels.divergence_backward_kernel[(grad.numel() * blocks,)](
