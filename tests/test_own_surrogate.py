@@ -218,13 +218,13 @@ def test_no_derivative_is_zero():
 
 
 @pytest.mark.parametrize(("name", "missing", "kind"), [("only torch", "triton", "@triton.jit"), (only_triton, "torch", "PyTorch")])
-def test_missing_form_is_an_error_before_anything_runs(name, missing, kind):
+def test_missing_form_is_an_error_before_anything_runs(name, missing, kind, device):
     config = Config(surrogate=name)
-    logits, x = torch.randn(2, 5, requires_grad=True), torch.zeros(2)
+    logits, x = torch.randn(2, 5, device=device, requires_grad=True), torch.zeros(2, device=device)
     calls = [
         lambda **o: rk.policy_loss(x, None, x, **o),
         lambda **o: rk.fused_policy_loss(logits, x.long(), None, x, **o),
-        lambda **o: rk.fused_linear_policy_loss(logits, torch.randn(7, 5), x.long(), None, x, **o),
+        lambda **o: rk.fused_linear_policy_loss(logits, torch.randn(7, 5, device=device), x.long(), None, x, **o),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=rf"has no {kind} form, which backend='{missing}' needs.*register_surrogate\(.*{missing}="):
