@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -27,8 +28,9 @@ print(rlkern.__file__, logits.__file__, rlkern.__version__, sep="\\n")
 
 def python(code: str, *, cwd: Path, path: Path | None = None) -> list[str]:
     """Run code in a fresh interpreter that knows nothing of this checkout, but for what stands in ``path``."""
-    setup = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    done = subprocess.run([sys.executable, "-c", setup + code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    # -S: without the site's .pth files, among which an editable install of this checkout would answer first.
+    setup = f"import sys; sys.path[:0] = {[str(path)] if path else []}; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    done = subprocess.run([sys.executable, "-S", "-c", setup + code], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]
 
@@ -97,29 +99,12 @@ def test_source_distribution_is_the_repository(distributions):
 
 
 def test_editable_install_computes_from_elsewhere(checkout, tmp_path):
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-index",
-            "--target",
-            str(tmp_path / "site"),
-            "-e",
-            ".",
-        ],
-        cwd=checkout,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    empty = tmp_path / "empty"
+    site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    package, kernel, _ = python(f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n" + USE, cwd=empty)
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
+    install = [sys.executable, "-m", "pip", "install", *options, "--editable", "."]
+    subprocess.run(install, cwd=checkout, check=True, capture_output=True, timeout=120)
+    package, kernel, _ = python(f"import site; site.addsitedir({str(site)!r})\n" + USE, cwd=empty, path=site)
     assert Path(package) == checkout / "rlkern" / "__init__.py"
     assert Path(kernel) == checkout / "kernels" / "logits.py"
 
