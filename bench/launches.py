@@ -105,6 +105,10 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     ),
     "token_logprobs small odd vocabulary, int32 ids": partial(_token_logprobs, vocabulary=1009, ids=torch.int32, with_entropy=True),
     "token_logprobs in place": partial(_token_logprobs, inplace_backward=True),
+    "token_logprobs of kept tokens": partial(_token_logprobs, keep=rk.KeptTokens(torch.arange(0, 14, 2), torch.arange(12))),
+    "token_logprobs of kept tokens, int32": partial(
+        _token_logprobs, torch.float32, keep=rk.KeptTokens(torch.arange(0, 14, 2, dtype=torch.int32), torch.arange(12, dtype=torch.int32))
+    ),
     **{f"fused_policy_loss {name}": partial(_fused_policy_loss, rk.PolicyLossConfig.ppo(), dtype) for name, dtype in DTYPES.items()},
     "fused_policy_loss with every input": partial(
         _fused_policy_loss,

@@ -77,6 +77,14 @@ def test_rows_that_do_not_count_are_not_read():
     assert moved.of(gradient).stored == size(gradient)
 
 
+def test_of_a_replayed_support_only_the_kept_logits_are_read():
+    logits, ids = _logits(6000)
+    keep = rk.KeptTokens(torch.arange(0, 70, 10), torch.randint(6000, (60,)).sort().values)
+    moved, _ = measure(lambda: rk.token_logprobs(logits, ids, keep=keep, backend="triton"))
+    assert moved.of(logits).loaded <= keep.token_ids.numel() * logits.element_size()
+    assert moved["restrict_kernel"].total <= 1.02 * size(logits, keep.token_ids)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_fused_loss_reads_the_logits_twice_and_writes_them_once(inplace):
     logits, ids = _logits(6000, rows=8)
