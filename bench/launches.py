@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 
 import rlkern as rk
 from examples import own_surrogate
-from rlkern.ops import scan
 
 ROWS = (2, 3)
 VOCABULARY = 128256
@@ -69,12 +67,6 @@ def _divergence(
 
 def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend="triton", **options)
-
-
-def _split_gae(*shape: int, **options: Any) -> None:
-    """Few long rows in two launches, as on a GPU with more multiprocessors than rows."""
-    with mock.patch.object(scan, "multiprocessors", return_value=2 * shape[0]):
-        _gae(*shape, **options)
 
 
 def _vtrace(*shape: int, masked: str, dtype: torch.dtype = torch.float32) -> None:
@@ -149,7 +141,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     **{f"gae of {steps} steps": partial(_gae, 8, steps) for steps in (16, 512, 8192)},
     "gae of bf16": partial(_gae, 8, 512, dtype=torch.bfloat16),
     "gae of float64, packed": partial(_gae, 4096, dtype=torch.float64, cu_seqlens=torch.tensor([0, 1000, 4096])),
-    "gae of few long rows": partial(_split_gae, 4, 131072),
+    "gae of few long rows": partial(_gae, 4, 131072),
     "gae truncated, of a length that is no multiple": partial(_gae, 8, 1001, truncated=torch.zeros(8, 1001, dtype=torch.bool)),
     "discounted_returns": lambda: rk.discounted_returns(torch.zeros(8, 512), gamma=0.99, backend="triton"),
     "vtrace, masked steps skipped": partial(_vtrace, 8, 2048, masked="skip"),
