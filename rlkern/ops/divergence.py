@@ -155,31 +155,26 @@ def _triton_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tens
 # ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _exponentials(x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(maximum, x less that, in place, its exponentials, their sum or NaN) of soft-capped rows."""
+def _exponentials(x: Tensor, scale: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in ``buffer``, its exponentials, their sum or NaN) of soft-capped rows."""
     m = x.amax(-1, keepdim=True)
-    d = x.sub_(m.masked_fill(m == -torch.inf, 0.0))
+    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer)
     e = (d * scale).exp_()
     s = e.sum(-1, keepdim=True)
     return m, d, e, s.masked_fill_(s == 0, torch.nan)
 
 
-def _to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log p - log M, log q - log M), neither infinite, for ``ratio = log p - log q`` and M = (1 - beta) p + beta q."""
-    of_p, of_q = (torch.full((), w, dtype=ratio.dtype, device=ratio.device) for w in (1.0 - beta, beta))
-    smaller = torch.where(ratio >= 0, of_q, of_p)  # the weight of the smaller of the two
-    log_m = smaller.mul_(torch.expm1(-ratio.abs())).log1p_()  # relative to the larger
-    apart = ratio.clamp(-_HIGHEST, _HIGHEST)
-    return apart.clamp(max=0.0).sub_(log_m), apart.clamp_(min=0.0).neg_().sub_(log_m)
+def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """M = (1 - beta) p + beta q: exactly p where they are equal, and never 0."""
+    return torch.lerp(p, q, beta).add_(torch.finfo(p.dtype).tiny)
 
 
-def _own(chunk: Tensor, cap: float | None, buffer: Tensor) -> Tensor:
-    """Soft-capped logits in ``buffer``, where they may be written over."""
-    return soft_capped(chunk, cap, buffer) if cap is not None else buffer.copy_(chunk)
+def _log_ratio(p: Tensor, m: Tensor) -> Tensor:
+    """log p - log M, finite where p is 0."""
+    return p.div(m).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
 def _torch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
-    cap, beta = o.cap, o.beta
     y = as_rows(ref_logits)
     result, statistics = out[0].view(-1), out[1].view(-1, STATISTICS)
     for x in out:
@@ -190,31 +185,28 @@ def _torch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple
         n, live = raw.shape[0], result[rows].numel()
         c = row_scale(o.scale, o.temperature, rows, n, result.dtype)
         raw_y = y[locate(y, rows)].expand(n, -1)
-        p = _exponentials(_own(raw, cap, chunks.buffer[:n]), c)
-        q = _exponentials(_own(raw_y, cap, other[:n]), c)
+        of_p, of_q = (_exponentials(soft_capped(x, o.cap, buffer[:n]), c, buffer[:n]) for x, buffer in ((raw, chunks.buffer), (raw_y, other)))
         mean = None
-        if beta in (0, 1):
-            (_, d, e, s), (_, d_other, _, s_other) = (p, q) if beta == 1 else (q, p)
-            ratio = torch.sub(d, d_other, out=d).mul_(c).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+        if o.beta in (0, 1):
+            (_, d, e, s), (_, d_other, _, s_other) = (of_p, of_q) if o.beta == 1 else (of_q, of_p)
+            ratio = torch.sub(d, d_other, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
             infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
             of_sums = s.log() - s_other.log()
-            value = e.mul_(ratio).sum(-1, keepdim=True) / s - of_sums
+            value = e.mul_(ratio).sum(-1, keepdim=True) / s * c - of_sums
             value = torch.where(infinite, torch.inf + 0.0 * of_sums, value)
-            mean = value if beta == 1 else None
+            mean = value if o.beta == 1 else None
         else:
-            (_, d_p, e_p, s_p), (_, d_q, e_q, s_q) = p, q
-            ratio = torch.sub(d_p, d_q, out=d_p).mul_(c).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sub_(s_p.log() - s_q.log())
-            from_p, from_q = _to_mixture(ratio, beta)
-            mean = e_p.mul_(from_p).sum(-1, keepdim=True) / s_p
-            value = (1 - beta) * mean + beta * (e_q.mul_(from_q).sum(-1, keepdim=True) / s_q)
+            p, q = (e.div_(s) for _, _, e, s in (of_p, of_q))
+            m = _mixture(p, q, o.beta)
+            mean, from_q = (_log_ratio(x, m).mul_(x).sum(-1, keepdim=True) for x in (p, q))
+            value = (1 - o.beta) * mean + o.beta * from_q
         result[rows] = value[:live, 0]
-        for i, column in enumerate((p[0], p[3].log2(), q[0], q[3].log2(), mean)):
+        for i, column in enumerate((of_p[0], of_p[3].log2(), of_q[0], of_q[3].log2(), mean)):
             if column is not None:
                 statistics[rows, i] = column[:live, 0]
 
 
 def _torch_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> None:
-    cap, beta = o.cap, o.beta
     x, y, dx = as_rows(logits), as_rows(ref_logits), as_rows(out)
     upstream = grad.flatten()
     live = live_tokens(logits, o.mask) & (upstream != 0)
@@ -225,21 +217,23 @@ def _torch_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tenso
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         n = mean.shape[0]
         c = row_scale(o.scale, o.temperature, rows, n, chunks.dtype)
-        z = _own(raw[:n], cap, chunks.buffer[:n])
-        w = _own(y[locate(y, rows)], cap, other[:n])
-        dead = z == -torch.inf
-        slope = None if cap is None else z.div(cap).masked_fill_(dead, 1.0).square_().neg_().add_(1.0)
-        z.sub_(m_p)
-        w.sub_(m_q)
-        if beta == 0:
-            dz = z.mul_(c).sub_(log2_p * _LN2).exp_().sub_(w.mul_(c).sub_(log2_q * _LN2).exp_())
+        z = soft_capped(raw[:n], o.cap, chunks.buffer[:n])
+        w = soft_capped(y[locate(y, rows)], o.cap, other[:n])
+        slope = None if o.cap is None else z.div(o.cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
+        d = torch.sub(z, m_p, out=chunks.buffer[:n]).mul_(c).sub_(log2_p * _LN2)
+        d_ref = torch.sub(w, m_q, out=other[:n]).mul_(c).sub_(log2_q * _LN2)
+        # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
+        if o.beta == 0:
+            excluded = d == -torch.inf
+            dz = d.exp_().sub_(d_ref.exp_().masked_fill_(excluded, 0.0)).add_(0.0 * log2_q)
+        elif o.beta == 1:
+            ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-_HIGHEST)
+            dz = d.exp_().mul_(ratio.sub_(mean))
         else:
-            ratio = torch.sub(z, w, out=w).mul_(c).sub_((log2_p - log2_q) * _LN2)
-            p = z.mul_(c).sub_(log2_p * _LN2).exp_()
-            dz = p.mul_((ratio if beta == 1 else _to_mixture(ratio, beta)[0]).sub_(mean))
+            p = d.exp_()
+            dz = p * _log_ratio(p, _mixture(p, d_ref.exp_(), o.beta)).sub_(mean)
         factor = upstream[rows].unsqueeze(1) * c
-        dz.mul_(factor if beta in (0, 1) else factor * (1 - beta))
-        dz = torch.where(dead, 0.0 * (log2_p + log2_q), dz)  # NaN there too in a row whose statistics are not finite
+        dz.mul_(factor if o.beta in (0, 1) else factor * (1 - o.beta))
         if slope is not None:
             dz.mul_(slope)
         dx[locate(dx, rows)] = dz.to(dx.dtype)
