@@ -1,0 +1,7 @@
+"""``python -m rlkern``."""
+
+import sys
+
+from rlkern.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""Models and what they write: loading for training, and sampling completions of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rlkern.trainers.data import Row
+from rlkern.trainers.errors import InputError
+
+
+class Completions(NamedTuple):
+    """Prompts of one length (padded on the left) with their completions (padded on the right); one row a completion."""
+
+    ids: Tensor  #: [N, P + T]
+    attention_mask: Tensor  #: [N, P + T]: 1 on tokens, 0 on padding
+    mask: Tensor  #: [N, T]: 1 on the tokens of the completion, its end-of-sequence token included
+
+    def rows(self, index: Tensor | slice) -> Completions:
+        return Completions(*(x[index] for x in self))
+
+
+class Sampler:
+    """Samples completions of a model for rows of data, by the given numbers alone: the model's own sampling defaults are put aside.
+
+    ``defaults`` are those, to be put back before the model is saved. ``batch_size``: completions sampled at once, None for all.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, temperature: float, top_k: int, top_p: float, max_new_tokens: int, batch_size: int | None = None
+    ):
+        self.model, self.tokenizer, self.max_new_tokens, self.batch_size = model, tokenizer, max_new_tokens, batch_size
+        self.defaults = model.generation_config
+        ends = self.defaults.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+        if not self.ends:
+            raise InputError("the tokenizer has no end-of-sequence token", field="model")
+        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+        )
+
+    def tokens(self, row: Row) -> list[int]:
+        """The prompt as token ids; a conversation through the tokenizer's chat template."""
+        if isinstance(row.prompt, str):
+            ids = self.tokenizer(row.prompt)["input_ids"]
+        elif self.tokenizer.chat_template is None:
+            raise InputError(f"{row.place}: the prompt is a list of messages, but the tokenizer has no chat template")
+        else:
+            text = self.tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and len(ids) + self.max_new_tokens > longest:
+            raise InputError(f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}")
+        return ids
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Row]) -> tuple[Completions, list[str]]:
+        """One completion for each row, as tokens and as text."""
+        device = self.model.device
+        prompts = [self.tokens(row) for row in rows]
+        length = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (length - len(p)) + p for p in prompts], device=device)
+        prompt_mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+        size = self.batch_size or len(rows)
+        self.model.eval()  # gradient checkpointing would switch off the cache of keys and values
+        parts = [
+            self.model.generate(input_ids=i, attention_mask=m, generation_config=self.model.generation_config)[:, length:]
+            for i, m in zip(ids.split(size), prompt_mask.split(size), strict=True)
+        ]
+        self.model.train()
+        longest = max(part.shape[1] for part in parts)
+        new = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=self.pad) for part in parts])
+        is_end = torch.isin(new, torch.tensor(self.ends, device=device)).long()
+        mask = (is_end.cumsum(1) - is_end == 0).long()  # up to the first end, which counts; the padding id may be an end itself
+        texts = self.tokenizer.batch_decode(new * mask + self.pad * (1 - mask), skip_special_tokens=True)
+        return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask), texts
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {name}: {str(error).strip().splitlines()[0]}", field="model") from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for probability in ("attention_dropout", "dropout"):  # which attention layers read themselves
+            if isinstance(getattr(module, probability, None), float):
+                setattr(module, probability, 0.0)
+    return model
