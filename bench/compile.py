@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,9 +310,21 @@ def _compile_job(i: int) -> Report:
     return compile_one(_jobs[i])
 
 
-def compile_all(launches: Mapping[str, Callable[[], Any]], targets: list[str], *, kernel: str = "", processes: int | None = None) -> list[Report]:
-    """Record and compile, in parallel, every specialisation whose kernel's name contains ``kernel``."""
-    _jobs[:] = [spec for target in targets for spec in record(launches, target) if kernel in spec.kernel]
+def compile_all(
+    launches: Mapping[str, Callable[[], Any]],
+    targets: Sequence[str],
+    *,
+    kernel: str = "",
+    once: Collection[str] = (),
+    processes: int | None = None,
+) -> list[Report]:
+    """Record and compile, in parallel, the kernels whose name contains ``kernel``; the launches named in ``once`` for the first target alone."""
+    _jobs[:] = [
+        spec
+        for target in targets
+        for spec in record({name: call for name, call in launches.items() if target == targets[0] or name not in once}, target)
+        if kernel in spec.kernel
+    ]
     # Forked, since a kernel and its constexprs cannot be pickled; the children never use PyTorch, whose threads do not survive a fork.
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
         return pool.map(_compile_job, range(len(_jobs)), chunksize=1)
@@ -335,10 +347,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--launches", default="bench.launches", help="the module whose table LAUNCHES names the calls to record (%(default)s)")
+    parser.add_argument("--thin", action="store_true", help="compile the launches that its list VARIATIONS names for the first target alone")
     parser.add_argument("--json", action="store_true", help="print a JSON list, one object a specialisation")
     parser.add_argument("--processes", type=int, help="compile so many at a time (default: one a core)")
     options = parser.parse_args(argv)
-    reports = compile_all(importlib.import_module(options.launches).LAUNCHES, options.target, kernel=options.kernel, processes=options.processes)
+    table = importlib.import_module(options.launches)
+    once = table.VARIATIONS if options.thin else ()
+    reports = compile_all(table.LAUNCHES, options.target, kernel=options.kernel, once=once, processes=options.processes)
     if options.json:
         json.dump([dataclasses.asdict(r) for r in reports], sys.stdout)
         return 0

@@ -148,3 +148,10 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "vtrace, masked steps decay": partial(_vtrace, 8, 2048, masked="decay"),
     "vtrace of float64": partial(_vtrace, 8, 2048, masked="skip", dtype=torch.float64),
 }
+
+# Variants that differ from their neighbours by a dtype of the same size, a bound or a number: `--thin` compiles them for one target alone.
+VARIATIONS = [
+    name
+    for name in LAUNCHES
+    if any(part in name for part in ("fp16", "int32", "odd", "own surrogate", "reverse", "beta", "no multiple", "decay", "geometric", "VESPO"))
+]

@@ -26,7 +26,7 @@ def reports(*arguments: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def ours() -> list[dict]:
-    return reports()
+    return reports("--thin", "--target", "sm_90", "sm_80", "sm_100", "gfx942")
 
 
 def label(r: dict) -> str:
