@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -298,7 +298,15 @@ def token_logprobs(
     return (logprob, entropy) if with_entropy else logprob
 
 
-def linear_token_logprobs(
+@overload
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, with_entropy: Literal[False] = ..., **options: Any) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, with_entropy: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,

@@ -17,9 +17,11 @@ class Head(NamedTuple):
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside data parallelism, torch.compile and PEFT."""
+    """The transformers model inside data parallelism, torch.compile, PEFT and :class:`LastHidden`."""
     while True:
-        if hasattr(model, "_orig_mod"):
+        if isinstance(model, LastHidden):
+            model = model.model
+        elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):  # PEFT: its layers stand inside the model itself
             model = model.get_base_model()

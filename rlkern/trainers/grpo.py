@@ -2,7 +2,8 @@
 
 Each step: sample a group of completions for each of a few prompts, score them, subtract the group's mean (no value network), and take a few
 clipped gradient steps on the policy, held near the initial model by a KL penalty (DeepSeekMath, arXiv 2402.03300). Log-probs, advantages and the
-objective are rlkern's: ``rk.token_logprobs``, ``rk.group_advantages``, ``rk.policy_loss``; any of its presets can stand in for GRPO's.
+objective are rlkern's: ``rk.linear_token_logprobs``, ``rk.group_advantages``, ``rk.fused_linear_policy_loss``. They start from the last hidden
+states, so that training builds no logits. Any preset of ``rk.PolicyLossConfig`` can stand in for GRPO's.
 
 Left out, to keep it readable: sampling by a separate engine (vLLM, SGLang), sharded models (FSDP, DeepSpeed; data parallelism works), LoRA,
 tools and several turns, asynchronous rollouts.
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import rlkern as rk
+from rlkern.integrations.transformers import LastHidden, head_of
 from rlkern.trainers import tutorial
 from rlkern.trainers.arguments import option, parse
 from rlkern.trainers.data import Row, batch_at, hold_out, read_jsonl
@@ -197,26 +199,31 @@ class GRPO:
             self.sample.tokens(row)  # a prompt that cannot be used is an error now, not in the step that draws it
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.reference = load_model(args.model, dtype).to(self.device).requires_grad_(False) if args.kl_coef else None
+        self.reference = LastHidden(load_model(args.model, dtype)).to(self.device).requires_grad_(False) if args.kl_coef else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
-        self.policy, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.policy, self.optimizer = accelerator.prepare(LastHidden(self.model), optimizer)
         with accelerator.main_process_first():
             store_settings(self.directory, settings, free=free)
 
-    def logprobs(self, model: Any, batch: Completions) -> tuple[Tensor, Tensor]:
-        """Log-probs of the completions' tokens and entropies of their distributions, [N, T] in nats; 0 after the end of a completion."""
+    def scored(self, model: Any, batch: Completions) -> dict[str, Any]:
+        """What the functions from hidden states take: the states that predict the completions' tokens, these tokens, and the model's head."""
         new = batch.mask.shape[1]
         positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
-        logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False).logits
-        # The logits at one position score the token at the next.
-        return rk.token_logprobs(logits[:, -new - 1 : -1], batch.ids[:, -new:], mask=batch.mask, temperature=self.args.temperature, with_entropy=True)
+        hidden = model(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False)
+        head = head_of(model)
+        if self.args.mixed_precision != "no":  # as autocast has it for the layers before
+            precision = torch.get_autocast_dtype(self.device.type)
+            hidden, head = hidden.to(precision), head._replace(weight=head.weight.to(precision))
+        # The state at one position predicts the token at the next.
+        tokens = {"hidden": hidden[:, -new - 1 : -1], "ids": batch.ids[:, -new:], "mask": batch.mask}
+        return {**tokens, "temperature": self.args.temperature, **head._asdict()}
 
     @torch.no_grad()
     def frozen_logprobs(self, model: Any, batch: Completions, size: int) -> Tensor:
         """Log-probs without gradients, ``size`` completions at a time."""
         with self.accelerator.autocast():
             parts = torch.arange(len(batch.ids), device=self.device).split(size)
-            return torch.cat([self.logprobs(model, batch.rows(part))[0] for part in parts])
+            return torch.cat([rk.linear_token_logprobs(**self.scored(model, batch.rows(part))) for part in parts])
 
     def total_rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum of the rewards of each completion, [N], and the mean of each reward where there are several."""
@@ -264,14 +271,11 @@ class GRPO:
                 parts = minibatch.split(size)
                 for part in parts:
                     with nullcontext() if part is parts[-1] else accelerator.no_sync(self.policy):
-                        logprobs, entropy = self.logprobs(self.policy, batch.rows(part))
-                        out = rk.policy_loss(
-                            logprobs,
-                            None if old is None else old[part],
-                            advantages[part],
-                            mask=batch.mask[part],
+                        out = rk.fused_linear_policy_loss(
+                            **self.scored(self.policy, batch.rows(part)),
+                            old_logprobs=None if old is None else old[part],
+                            advantages=advantages[part],
                             ref_logprobs=None if ref is None else ref[part],
-                            entropy=entropy,
                             normalizer=normalizer,
                             config=config,
                         )
