@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = importlib.import_module(f"rlkern.trainers.{command}")
         from rlkern.trainers.errors import InputError
     except ImportError as error:
-        print(f"rlkern {command}: error: {error}; the trainers need: pip install 'rlkern[train]'", file=sys.stderr)
+        print(f"rlkern {command}: error: {error}; what the trainers need comes with: pip install 'rlkern[train]'", file=sys.stderr)
         return 2
     if "" not in sys.path:
         sys.path.insert(0, "")  # reward modules beside the user, as with python -m

@@ -32,7 +32,7 @@ WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
 # What the built-in task sets where the user sets nothing.
 SETTINGS = {
-    "steps": 80,
+    "steps": 100,
     "prompts_per_step": 32,
     "samples_per_prompt": 8,
     "max_new_tokens": 10,
@@ -43,9 +43,9 @@ SETTINGS = {
     "lr_schedule": "linear",
     "lr_warmup_steps": 5,
     "adam_beta2": 0.98,
-    "eval_every": 20,
+    "eval_every": 25,
     "eval_samples": 4,
-    "save_every": 20,
+    "save_every": 25,
 }
 
 REWARD = "rlkern.trainers.tutorial:reward"
@@ -139,7 +139,7 @@ def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: 
     order = torch.randperm(len(pairs))
     loss = torch.zeros(())
     for step in tqdm(range(steps), desc="warm-up"):
-        if len(order) < WARM_UP_BATCH:
+        while len(order) < WARM_UP_BATCH:
             order = torch.cat([order, torch.randperm(len(pairs))])
         batch, order = order[:WARM_UP_BATCH].to(model.device), order[WARM_UP_BATCH:]
         first, last = WITH_WORKING
