@@ -4,8 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Without an NVIDIA GPU, PyTorch's CPU build: a tenth of the download. Where that index is out of reach, PyPI's build serves.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+# Where PyTorch's CPU build is wanted, a tenth of the download: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 # Settings of an active conda or user environment must not leak into ours.
@@ -51,7 +51,7 @@ $(BIN)/python:
 $(INSTALLED): requirements.txt pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing the packages of requirements.txt into .venv; this takes a few minutes, once."
 	@$(PIP) --version >/dev/null || $(BIN)/python -m ensurepip
-	@$(if $(TORCH_INDEX),$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt) 2>/dev/null || true)
+	@$(if $(TORCH_INDEX),$(PIP) install --no-deps --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt))
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
