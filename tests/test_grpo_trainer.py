@@ -164,6 +164,13 @@ def test_settings_that_change_the_arithmetic_run(files, tmp_path, changes):
     assert numbers["grad_norm"] > 0
 
 
+def test_every_loss_gives_a_gradient(files, tmp_path):
+    run = GRPO(settings(files, tmp_path / "run", samples_per_prompt=8))
+    for loss in grpo.LOSSES:
+        run.args = settings(files, tmp_path / "run", samples_per_prompt=8, loss=loss, minibatches=1)
+        assert run.step(0)["grad_norm"] > 1e-3, loss
+
+
 def test_the_learning_rate_warms_up_and_falls(files, tmp_path):
     args = settings(files, tmp_path, steps=10, learning_rate=1.0, lr_warmup_steps=2, lr_schedule="linear")
     assert [args.learning_rate_at(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])

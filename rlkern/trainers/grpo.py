@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import rlkern as rk
 from rlkern.integrations.transformers import LastHidden, head_of
@@ -40,7 +42,7 @@ from rlkern.trainers.rewards import load_rewards, score
 from rlkern.trainers.rollout import Completions, Sampler, load_model
 from rlkern.trainers.runs import Checkpoints, Metrics, plot_rewards, run_directory, store_settings, stored_settings, write_json
 
-LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "rloo", "reinforce")
+LOSSES = ("grpo", "dapo", "dr_grpo", "ppo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo", "reinforce")
 METRICS = ("clip_fraction", "approx_kl", "kl", "entropy", "ratio_mean")
 
 
@@ -322,7 +324,7 @@ class GRPO:
         self.model.save_pretrained(self.directory / "model")
         self.sample.tokenizer.save_pretrained(self.directory / "model")
         plot_rewards(rows, self.directory / "reward.png", title=f"GRPO ({self.args.loss})")
-        summary: dict[str, Any] = {"steps": self.args.steps, "seconds": round(seconds, 1), "warm_up": self.warm_up}
+        summary: dict[str, Any] = {"directory": str(self.directory), "steps": self.args.steps, "seconds": round(seconds, 1), "warm_up": self.warm_up}
         if self.held_out:
             for when, row in (("before", rows[0]), ("after", rows[-1])):
                 summary[when] = {"reward": row["held_out_reward"], "accuracy": row["held_out_accuracy"]}
@@ -345,12 +347,14 @@ def train(args: GRPOArguments) -> dict[str, Any]:
     if start == 0:
         metrics.log(0, run.evaluate("held out, before GRPO"), {})
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="GRPO", disable=not main)
+    every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log file is not to fill with bars
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="GRPO", mininterval=every, disable=not main)
     for step in bar:
         clock = time.perf_counter()
         numbers = run.step(step)
         timings = {"seconds_per_step": time.perf_counter() - clock}
-        bar.set_postfix({name: f"{numbers[name]:.3f}" for name in ("reward", "kl", "clip_fraction", "entropy") if name in numbers})
+        shown = {name: f"{numbers[name]:.3f}" for name in ("reward", "kl", "clip_fraction", "entropy") if name in numbers}
+        bar.set_postfix(shown, refresh=False)
         if not math.isfinite(numbers["grad_norm"]) and args.mixed_precision != "fp16":  # fp16 skips such a step and lowers its loss scale
             raise InputError(f"step {step + 1}: the gradient is not finite; a lower learning rate or another precision may help")
         done = step + 1
@@ -365,6 +369,7 @@ def train(args: GRPOArguments) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """``rlkern grpo``. What the command line does not set comes from the YAML file, then the run that is resumed, then the built-in task."""
+    transformers_logging.disable_progress_bar()
     given, places = parse(GRPOArguments, argv, prog="rlkern grpo", description=str(__doc__).split("\n\n")[0])
     try:
         if given.get("resume"):
@@ -380,4 +385,4 @@ def main(argv: Sequence[str]) -> None:
         if when in summary:
             print(f"held out, {when:6} GRPO: mean reward {summary[when]['reward']:.3f}, accuracy {summary[when]['accuracy']:.1%}")
     if summary:
-        print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all")
+        print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all; model/, metrics.jsonl and reward.png in {summary['directory']}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def split(seed: int, largest: int = LARGEST) -> tuple[list[tuple[int, int]], lis
     unordered = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
     random.Random(seed).shuffle(unordered)
     cut = len(unordered) // 8
-    both_ways = lambda pairs: sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})  # noqa: E731
-    return both_ways(unordered[cut:]), both_ways(unordered[:cut])
+    training, held_out = ([pair for a, b in pairs for pair in dict.fromkeys(((a, b), (b, a)))] for pairs in (unordered[cut:], unordered[:cut]))
+    return training, held_out
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -138,7 +139,7 @@ def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
     order = torch.randperm(len(pairs))
     loss = torch.zeros(())
-    for step in tqdm(range(steps), desc="warm-up"):
+    for step in tqdm(range(steps), desc="warm-up", mininterval=0.1 if sys.stderr.isatty() else 10.0):
         while len(order) < WARM_UP_BATCH:
             order = torch.cat([order, torch.randperm(len(pairs))])
         batch, order = order[:WARM_UP_BATCH].to(model.device), order[WARM_UP_BATCH:]
