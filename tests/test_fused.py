@@ -294,6 +294,28 @@ def test_masked_rows_are_not_read(backend, device):
     assert torch.isfinite(leaf.grad).all()
 
 
+@pytest.mark.parametrize("compact", [None, False])
+def test_masked_hidden_states_are_not_read(backend, device, compact):
+    problem = Problem(torch.float32, device=device)
+    problem.hidden[~problem.mask] = torch.nan
+    (ids, old, advantages), named = problem.arguments(Config())
+    options = {"bias": problem.bias, "mask": problem.mask, "compact": compact, "backend": backend}
+
+    def results():
+        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+        yield rk.fused_linear_policy_loss(hidden, weight, ids, old, advantages, **named, **{**options, "mask": problem.mask}).loss, hidden, weight
+        yield rk.linear_token_logprobs(hidden, weight, ids, **options).sum(), hidden, weight
+        yield rk.linear_token_logprobs(hidden, weight.detach(), ids, **options).sum(), hidden, None
+        yield rk.linear_full_kl(hidden, weight, problem.hidden, weight.detach(), **{**options, "ref_bias": problem.bias}).sum(), hidden, weight
+
+    named.pop("mask")
+    for value, hidden, weight in results():
+        assert torch.isfinite(value)
+        gradients = torch.autograd.grad(value, [t for t in (hidden, weight) if t is not None])
+        assert all(torch.isfinite(g).all() for g in gradients)
+        assert torch.all(gradients[0][~problem.mask] == 0)
+
+
 def test_partition_into_micro_batches():
     problem = Problem()
     for config in (Config(), Config.grpo(), Config.dr_grpo(max_length=6)):

@@ -435,9 +435,12 @@ def linear_divergence_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d (hidden, weight, bias) by making both models' logits again; empty where not needed."""
-    index = taking_part(live_tokens(hidden, mask) & (grad != 0), rows, compact)
+    live = live_tokens(hidden, mask) & (grad != 0)
+    index = taking_part(live, rows, compact)
     policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
     heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend))
+    if needs_weight and not compact:
+        heads.policy.live = live
     gradients = Gradients(heads.policy, needs_hidden, needs_weight, needs_bias)
     grad, statistics = pick(grad, index), pick(statistics, index)
     for at, h, logits, ref_logits, comparison in heads:

@@ -61,6 +61,7 @@ class Head:
     offsets: Tensor | None  # with token_ids: the tokens that a row's distribution is restricted to
     token_ids: Tensor | None
     backend: str
+    live: Tensor | None = None  # [N]: hidden states of other rows, which may be anything, count as 0; None: all that take part are live
 
     rows: int = field(init=False)
     size: int = field(init=False)
@@ -90,6 +91,8 @@ class Head:
     def forward(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Their hidden states and their logits; the latter are overwritten by the next chunk."""
         h = self.hidden[self.where(rows)].to(self.operand)
+        if self.live is not None:  # their gradient is 0, but 0 * NaN is not
+            h = h.masked_fill(~self.live[self.where(rows)].unsqueeze(1), 0.0)
         logits = self.buffer[: h.shape[0]]
         if self.bias is not None and self.operand == self.logits_dtype:
             torch.addmm(self.bias.to(self.operand), h, self.weight.t(), out=logits)
@@ -260,7 +263,7 @@ def linear_logprobs_backward_op(
     """d loss / d (hidden, weight, bias) by making the logits again; empty where not needed, those of weight and bias in float32 at least."""
     live = live_rows(ids, mask) & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs_weight and not compact else None)
     per_row = rows_at(index, ids, mask, temperature, scale, cap, backend)
     a, b = pick(grad_logprob, index), pick_optional(grad_entropy, index)
     saved = Statistics(grad_logprob, entropy, row_max, log2_sum)
@@ -435,7 +438,7 @@ def gradients_in_forward(
     if validate:
         check_ids(ids, live, weight.shape[0])
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs[1] and not compact else None)
     per_row = rows_at(index, ids, live, temperature, scale, cap, backend)
     out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     gradients = Gradients(head, *needs)
