@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import rlkern as rk
 from rlkern.trainers import grpo, tutorial
@@ -75,15 +75,25 @@ def settings(files: Path, output: Path, **changes) -> GRPOArguments:
 # ---- What it computes -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_log_probs_are_those_of_each_completion_alone(files, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # GPT-2 has absolute positions, and dropout by default
+def test_log_probs_are_those_of_each_completion_alone(files, tmp_path, architecture):
     """Padding on the left, the shift by one, the temperature and the end of a completion, against a completion at a time without any padding."""
-    run = GRPO(settings(files, tmp_path / "run", temperature=0.7))
+    model = str(files / "model")
+    if architecture == "gpt2":
+        model = str(tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(files / "model")
+        tokenizer.save_pretrained(model)
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=tokenizer.eos_token_id)
+        GPT2LMHeadModel(config).save_pretrained(model)
+    run = GRPO(settings(files, tmp_path / "run", model=model, temperature=0.7))
+    run.policy.train()
     end, pad = run.sample.ends[0], run.sample.pad
     prompts, answers = [[3, 5, 24], [3, 5, 6, 15, 24]], [[7, 8, end], [9, end]]
     ids = torch.tensor([[pad, pad, *prompts[0], *answers[0]], [*prompts[1], *answers[1], 17]])  # 17: garbage after the end
     attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     logprobs, entropy = rk.linear_token_logprobs(**run.scored(run.policy, Completions(ids, attention_mask, mask)), with_entropy=True)
+    run.model.eval()
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         logits = run.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1)
