@@ -609,3 +609,28 @@ def whiten(
     var = (torch.where(m, x - mean, 0.0) ** 2).sum() / (n - int(unbiased)).clamp(min=1)
     white = (x - mean) / (var.sqrt() + eps if eps_outside else (var + eps).sqrt())
     return torch.where(m, white if shift_mean else white + mean, 0.0)
+
+
+def process_advantages(step_rewards: Tensor, step_ends: Tensor, time: int, *, group_size: int, eps: float = 1e-4) -> Tensor:
+    """Process supervision of the GRPO paper: A_t = sum of the normalised rewards of the steps that end at or after t.  [sequences, time]
+
+    ``step_rewards`` and ``step_ends`` are ``[sequences, steps]``; an end is the position of the step's last token, -1 where there is no step. Rewards
+    are normalised over all steps of the sequence's group: (r - mean) / (std + eps), Bessel.
+    """
+    there = step_ends >= 0
+    r = torch.where(there, step_rewards.to(compute_dtype(step_rewards)), torch.nan)
+    normalised = torch.zeros_like(r)
+    for rows in torch.arange(len(r), device=r.device).split(group_size):
+        group = r[rows][there[rows]]
+        std = group.std() if len(group) > 1 else torch.zeros_like(group.sum())
+        normalised[rows] = torch.where(there[rows], (r[rows] - group.mean()) / (std + eps), 0.0)
+    at_or_after = step_ends.unsqueeze(-1) >= torch.arange(time, device=r.device)
+    return (at_or_after * normalised.unsqueeze(-1)).sum(1)
+
+
+def shaped_rewards(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *, mask: Tensor, kl_coef: float, kl_estimator: str = "k1") -> Tensor:
+    """r_t = -kl_coef KL_t + 1[t is the last valid token] R  (InstructGPT).  rewards [batch], the rest [batch, time]; 0 at masked positions."""
+    m = mask != 0
+    kl = kl_penalty(logprobs.detach(), ref_logprobs, kl_estimator, mask=m)
+    following = m.flip(-1).cumsum(-1).flip(-1)  # valid tokens from here on
+    return -kl_coef * kl + torch.where(m & (following == 1), rewards.unsqueeze(-1).to(kl.dtype), 0.0)

@@ -219,3 +219,20 @@ def test_compile(device):
     compiled = torch.compile(together, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(*inputs, mask), together(*inputs, mask), strict=True):
         assert torch.equal(a, b)
+
+
+# ---- what only the reference has so far -----------------------------------------------------------------------------------------------------
+
+
+def test_process_supervision_by_hand():
+    """Two completions of one group, step rewards 1, 0 and 2: mean 1, std 1. Steps end at 1 and 3 in the first, at 2 in the second."""
+    rewards, ends = torch.tensor([[1.0, 0.0], [2.0, nan]], dtype=torch.float64), torch.tensor([[1, 3], [2, -1]])
+    advantages = reference.process_advantages(rewards, ends, 5, group_size=2, eps=0.0)
+    assert_accurate(advantages, torch.tensor([[-1.0, -1.0, -1.0, -1.0, 0.0], [1.0, 1.0, 1.0, 0.0, 0.0]]), eps=1e-12)
+
+
+def test_shaped_rewards_by_hand():
+    """-0.1 (lp - ref) on valid tokens, and the score on the last of them."""
+    lp, ref = torch.tensor([[-1.0, -2.0, nan], [nan, -1.0, -3.0]]).double(), torch.tensor([[-2.0, -1.0, nan], [nan, -1.0, -1.0]]).double()
+    shaped = reference.shaped_rewards(torch.tensor([5.0, 7.0]), lp, ref, mask=torch.tensor([[1, 1, 0], [0, 1, 1]]), kl_coef=0.1)
+    assert_accurate(shaped, torch.tensor([[-0.1, 5.1, 0.0], [0.0, 0.0, 7.2]], dtype=torch.float64), eps=1e-12)
