@@ -90,7 +90,7 @@ def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return worst
 
 
-def hold(contest: Contest, *, seconds: float = 6.0, rounds: tuple[int, int] = (5, 50)) -> dict[str, Measured]:
+def hold(contest: Contest, *, seconds: float = 6.0, rounds: tuple[int, int] = (3, 50)) -> dict[str, Measured]:
     """Check every contender, then time them in turn: ``rounds`` at least and at most, within about ``seconds`` for the contest."""
     exact = contest.exact()
     table = {name: Measured() for name in contest.contenders}
