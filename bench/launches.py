@@ -14,6 +14,7 @@ import torch
 
 import rlkern as rk
 from examples import own_surrogate
+from rlkern.surrogates import SURROGATES
 
 ROWS = (2, 3)
 VOCABULARY = 128256
@@ -125,7 +126,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
         packed=True,
     ),
     "policy_loss of geometric means": partial(_policy_loss, rk.PolicyLossConfig.gmpo(kl_coef=0.1, kl_ratio_weighted=True)),
-    "policy_loss by VESPO": partial(_policy_loss, rk.PolicyLossConfig.vespo()),
+    **{f"policy_loss by {surrogate}": partial(_policy_loss, rk.PolicyLossConfig(surrogate=surrogate)) for surrogate in SURROGATES},
     "policy_loss by a user's own surrogate": partial(_policy_loss, own_surrogate.CONFIG),
     "fused_policy_loss by a user's own surrogate": partial(_fused_policy_loss, own_surrogate.CONFIG),
     **{f"full_kl {name}": partial(_divergence, 1.0, dtype, dtype) for name, dtype in DTYPES.items()},
@@ -153,5 +154,5 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
 VARIATIONS = [
     name
     for name in LAUNCHES
-    if any(part in name for part in ("fp16", "int32", "odd", "own surrogate", "reverse", "beta", "no multiple", "decay", "geometric", "VESPO"))
+    if any(part in name for part in ("fp16", "int32", "odd", "reverse", "beta", "no multiple", "decay", "geometric", "loss by"))
 ]
