@@ -355,6 +355,8 @@ def test_prompts_that_the_model_cannot_take_are_named(files, tmp_path):
     path.write_text('{"prompt": [{"role": "user", "content": "What is 1 + 1?"}]}\n')
     with pytest.raises(InputError, match=r"data.jsonl:1: the prompt is a list of messages, but the tokenizer has no chat template"):
         GRPO(settings(files, tmp_path / "run", data=str(path), eval_fraction=0.0))
+    with pytest.raises(InputError, match=r"0.9 of the prompts of .* leaves none to train on"):
+        GRPO(settings(files, tmp_path / "run", data=str(path), eval_fraction=0.9))
     assert not (tmp_path / "run" / "settings.json").exists()  # so that the next try is not taken for a second run
 
 

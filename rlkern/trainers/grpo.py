@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import rlkern as rk
@@ -39,7 +38,7 @@ from rlkern.trainers.arguments import option, parse
 from rlkern.trainers.data import Row, batch_at, hold_out, read_jsonl
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.rewards import load_rewards, score
-from rlkern.trainers.rollout import Completions, Sampler, load_model
+from rlkern.trainers.rollout import Completions, Sampler, load_model, load_tokenizer
 from rlkern.trainers.runs import Checkpoints, Metrics, plot_rewards, run_directory, store_settings, stored_settings, write_json
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "ppo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo", "reinforce")
@@ -168,11 +167,12 @@ class GRPO:
             raise InputError(f"{sizes} do not divide into {args.minibatches} minibatches", field="minibatches")
         self.directory = Path(broadcast_object_list([str(run_directory(args.output_dir, name="grpo", resume=args.resume))])[0])
         settings, free = asdict(args), FREE | ({"steps"} if args.lr_schedule == "constant" else set())
-        self.warm_up = None
+        main, self.warm_up = accelerator.is_main_process, None
         if args.model is None:  # the built-in task: files like a user's own
             task = self.directory / "tutorial"
             with accelerator.main_process_first():
-                store_settings(self.directory, settings, free=free)
+                if main:
+                    store_settings(self.directory, settings, free=free)
                 self.warm_up = tutorial.prepare(task, args.seed, self.device)
             args = replace(args, model=f"{task}/model", data=f"{task}/train.jsonl", eval_data=f"{task}/held_out.jsonl", reward=[tutorial.REWARD])
         assert args.model is not None
@@ -184,13 +184,15 @@ class GRPO:
             self.held_out = read_jsonl(args.eval_data, prompt_field=args.prompt_field, field="eval_data")
         else:
             self.rows, self.held_out = hold_out(self.rows, args.eval_fraction, args.seed)
+            if not self.rows:
+                raise InputError(f"{args.eval_fraction} of the prompts of {args.data} leaves none to train on", field="eval_fraction")
         self.rewards = load_rewards(args.reward, [*self.rows[:1], *self.held_out[:1]])
 
         dtype = getattr(torch, args.dtype)
         self.model = load_model(args.model, dtype)
         self.sample = Sampler(
             self.model,
-            AutoTokenizer.from_pretrained(args.model),
+            load_tokenizer(args.model),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
@@ -204,7 +206,7 @@ class GRPO:
         self.reference = LastHidden(load_model(args.model, dtype)).to(self.device).requires_grad_(False) if args.kl_coef else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
         self.policy, self.optimizer = accelerator.prepare(LastHidden(self.model), optimizer)
-        with accelerator.main_process_first():
+        if main:
             store_settings(self.directory, settings, free=free)
 
     def scored(self, model: Any, batch: Completions) -> dict[str, Any]:

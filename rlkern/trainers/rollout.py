@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlkern.trainers.data import Row
 from rlkern.trainers.errors import InputError
@@ -88,12 +88,21 @@ class Sampler:
         return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask), texts
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of that path or name."""
+    return _load(AutoTokenizer, name)
+
+
+def _load(auto: Any, name: str, **options: Any) -> Any:
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {name}: {str(error).strip().splitlines()[0]}", field="model") from error
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
+    model = _load(AutoModelForCausalLM, name, dtype=dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
