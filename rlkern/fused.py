@@ -13,7 +13,7 @@ from ._backend import choose_backend, choose_validate
 from ._checks import check_choice, check_tensor, state_dtype
 from .config import PolicyLossConfig
 from .logprobs import KeptTokens, LinearInputs, check_keep, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
-from .losses import LossOutput, check_tokens, token_weights
+from .losses import LossOutput, check_config, check_tokens, token_weights
 from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
 from .ops.keep import Restrict
 from .ops.linear import gradients_in_forward, linear_policy_gradients_op
@@ -93,6 +93,7 @@ def _objective(
     **tokens: Tensor | float | None,
 ) -> Objective:
     """Check the arguments of the objective. ``skip``: leave out the rows whose advantage is 0, where nothing else gives them a gradient."""
+    check_config(config)
     check_backend(config.surrogate, backend)
     unfilled = torch.empty(ids.shape, dtype=state_dtype(like), device=ids.device)
     entropy = unfilled if with_entropy else None

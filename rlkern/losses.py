@@ -185,6 +185,12 @@ def kl_penalty(
     )
 
 
+def check_config(config: PolicyLossConfig) -> None:
+    """Check that it is one."""
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
+
+
 def check_tokens(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -202,8 +208,7 @@ def check_tokens(
     validate: bool | None,
 ) -> Tokens:
     """Check what :func:`policy_loss` and its fused forms are given, and put it in the operator's order."""
-    if not isinstance(config, PolicyLossConfig):
-        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
+    check_config(config)
     check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
     shape, device = logprobs.shape, logprobs.device
     for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("sampling_logprobs", sampling_logprobs)):
