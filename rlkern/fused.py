@@ -265,6 +265,7 @@ def fused_linear_policy_loss(
         validate=validate,
         backend=backend,
     )
+    check_config(config)
     if mode is not None:
         check_choice("mode", mode, ("in-forward", "recompute", "frozen-head"))
     if mode == "in-forward" and not config.is_token_level:
