@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import rlkern as rk
 
 LARGEST = 30  # numbers are 0 to this
-WARM_UP_STEPS = 500
+WARM_UP_STEPS = 600
 WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
 # What the built-in task sets where the user sets nothing.
@@ -86,12 +86,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 96, layers: int = 2, heads: int = 4) -> LlamaForCausalLM:
-    """An untrained Llama of 300,000 parameters, as random as torch's generator is."""
+    """An untrained Llama of 190,000 parameters, as random as torch's generator is."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
-            intermediate_size=4 * width,
+            intermediate_size=2 * width,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=64,
