@@ -15,7 +15,7 @@ export PIP_USER := 0
 .PHONY: help demo test lint bench gpu clean
 
 help:
-	@echo "make demo    watch a small language model learn sums by GRPO (4 minutes on 2 CPU cores)"
+	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make lint    style and types only"
 	@echo "make bench   benchmarks against PyTorch, TRL and Liger, on a GPU where there is one"
