@@ -131,7 +131,8 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str) -> tup
         text = field.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "") + ("" if default in (None, []) else f" [{default}]")
         text = text.replace("%", "%%")
         if kind.base is bool:
-            parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(_flag(name), action="store_true", help=text + f"; {_flag('no_' + name)} to unset")
+            parser.add_argument(_flag("no_" + name), dest=name, action="store_false", help=argparse.SUPPRESS)
         elif kind.many:
             parser.add_argument(_flag(name), nargs="+", action="extend", metavar=kind.base.__name__.upper(), help=text)
         else:
