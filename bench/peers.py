@@ -71,9 +71,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def trl(name: str) -> Callable[..., Any]:
-    """A function of ``trl.trainer.utils``."""
-    return getattr(importlib.import_module("trl.trainer.utils"), name)
+def trl(name: str, module: str = "trl.trainer.utils") -> Callable[..., Any]:
+    """One of TRL's functions."""
+    return getattr(importlib.import_module(module), name)
 
 
 def liger_grpo_loss(logits: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor) -> Tensor:

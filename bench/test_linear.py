@@ -18,7 +18,16 @@ GPU = DEVICE.type == "cuda"
 CONFIG = rk.PolicyLossConfig.ppo()
 SHAPE = (8192, 4096, 128256) if GPU else (2048, 1024, 32000)  # tokens, hidden, vocabulary
 FROZEN, HALF = "rlkern, frozen head", "rlkern, half the rows masked"
-CONTENDERS = (OURS, "the three products alone", "logits, log_softmax, gather, entropy, PyTorch loss", "Liger's fused linear GRPO", FROZEN, HALF)
+CONTENDERS = (
+    OURS,
+    "the three products alone",
+    "log_softmax, gather, entropy in chunks",
+    "TRL's eager path",
+    "TRL's chunked head",
+    "Liger's fused linear GRPO",
+    FROZEN,
+    HALF,
+)
 
 
 @cache
@@ -66,6 +75,27 @@ def contest() -> Contest:
             peers.chunked_entropy(logits)
         return peers.clipped_loss(peers.gather_logprobs(logits, ids), old, advantages, mask, old, kl_coef=0.0)
 
+    def trl_eager() -> Callable[[], list[Tensor]]:
+        logprobs, entropy = peers.trl("selective_log_softmax"), peers.trl("entropy_from_logits")
+
+        def loss() -> Tensor:  # as its GRPO trainer called them before it had a chunked head: a model scores one position too many
+            states = torch.cat([hidden.view(8, -1, width), hidden.new_zeros(8, 1, width)], dim=1)
+            logits = (states @ weight.t())[:, :-1] / 1.0
+            with torch.no_grad():
+                entropy(logits)
+            return peers.clipped_loss(logprobs(logits, ids.view(8, -1)).flatten(), old, advantages, mask, old, kl_coef=0.0)
+
+        return timed(loss)
+
+    def trl_chunked() -> Callable[[], list[Tensor]]:
+        head = peers.trl("ChunkedLogProbFunction", "trl.kernels.chunked_logprob")
+
+        def loss() -> Tensor:
+            logprobs = head.apply(hidden, weight, None, ids, 1.0, 8192, None, 1.0, ("entropy",))[0]
+            return peers.clipped_loss(logprobs, old, advantages, mask, old, kl_coef=0.0)
+
+        return timed(loss)
+
     def products() -> list[Tensor]:
         with torch.no_grad():
             logits = hidden @ weight.t()
@@ -87,6 +117,8 @@ def contest() -> Contest:
         lambda: timed(ours),
         lambda: products,
         lambda: timed(eager),
+        trl_eager,
+        trl_chunked,
         lambda: timed(peers.liger_linear_grpo_loss(hidden, weight, ids, old, advantages, mask)),
         lambda: frozen,
         lambda: masked,
