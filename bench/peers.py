@@ -71,7 +71,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def trl(name: str, module: str = "trl.trainer.utils") -> Callable[..., Any]:
+def trl(name: str, module: str = "trl.trainer.utils") -> Any:
     """One of TRL's functions."""
     return getattr(importlib.import_module(module), name)
 
