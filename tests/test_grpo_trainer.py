@@ -183,9 +183,9 @@ def test_every_loss_gives_a_gradient(files, tmp_path):
 
 def test_the_learning_rate_warms_up_and_falls(files, tmp_path):
     args = settings(files, tmp_path, steps=10, learning_rate=1.0, lr_warmup_steps=2, lr_schedule="linear")
-    assert [args.learning_rate_at(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
+    assert [args.learning_rate_factor(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
     args = settings(files, tmp_path, steps=10, learning_rate=1.0, lr_schedule="cosine")
-    assert [args.learning_rate_at(step) for step in (0, 5)] == pytest.approx([1.0, 0.5])
+    assert [args.learning_rate_factor(step) for step in (0, 5)] == pytest.approx([1.0, 0.5])
 
 
 # ---- What it writes -------------------------------------------------------------------------------------------------------------------------

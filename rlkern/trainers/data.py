@@ -1,14 +1,17 @@
-"""Prompts from JSON lines, and the order in which training sees them."""
+"""Prompts and preferences from JSON lines, and the order in which training sees them."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rlkern.trainers.arguments import nearest
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.settings import RunArguments
 
 RESERVED = ("prompts", "completions")  # what a reward function is called with besides the fields
 
@@ -19,6 +22,18 @@ class Row(NamedTuple):
     place: str  #: ``file:line``
     prompt: str | list[dict[str, str]]  #: text, or a conversation of ``{"role": ..., "content": ...}``
     fields: dict[str, Any]  #: the other fields, for the reward functions
+
+
+class Preference(NamedTuple):
+    """Answers to a prompt, the best first: two of ``chosen`` and ``rejected``, or all of ``ranked``."""
+
+    place: str  #: ``file:line``
+    prompt: str | list[dict[str, str]]
+    answers: list[str]
+    margin: float  #: by how much the score of the first of two is to be larger
+
+
+AnyRow = TypeVar("AnyRow", Row, Preference)
 
 
 def read_jsonl(path: str | Path, *, prompt_field: str = "prompt", field: str = "data") -> list[Row]:
@@ -72,7 +87,52 @@ def _prompt(place: str, name: str, prompt: Any) -> str | list[dict[str, str]]:
     raise InputError(f"{place}: field {name!r}: expected text or a list of messages, neither empty; got {prompt!r}")
 
 
-def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def read_preferences(path: str | Path, *, prompt_field: str = "prompt", field: str = "data") -> list[Preference]:
+    """The preferences of a JSON-lines file: ``chosen`` and ``rejected`` (and a ``margin``, if wanted), or ``ranked``, as many in each row.
+
+    Other fields are passed over. Raises InputError naming file, line and field; ``field`` is the setting that named the file.
+    """
+    rows = read_jsonl(path, prompt_field=prompt_field, field=field)
+    place, names = rows[0].place, rows[0].fields
+    if "ranked" in names and {"chosen", "rejected"} & set(names):
+        raise InputError(f"{place}: expected either 'chosen' and 'rejected' or 'ranked', got both")
+    for name in ("ranked",) if "ranked" in names else ("chosen", "rejected"):
+        if name not in names:
+            raise InputError(f"{place}: no field {name!r}: expected 'chosen' and 'rejected', or 'ranked'{nearest(name, names)}")
+    preferences = [_preference(row) for row in rows]
+    for preference in preferences:
+        if len(preference.answers) != len(preferences[0].answers):
+            got, first = len(preference.answers), len(preferences[0].answers)
+            raise InputError(f"{preference.place}: field 'ranked': {got} answers, but {place} has {first}; all rows must rank as many")
+    return preferences
+
+
+def _preference(row: Row) -> Preference:
+    place, fields = row.place, row.fields
+    if "ranked" in fields:
+        if not isinstance(fields["ranked"], list) or len(fields["ranked"]) < 2:
+            raise InputError(f"{place}: field 'ranked': expected a list of two or more answers, the best first; got {fields['ranked']!r}")
+        answers = {f"'ranked', answer {i}": answer for i, answer in enumerate(fields["ranked"])}
+    else:
+        answers = {f"{name!r}": fields[name] for name in ("chosen", "rejected")}
+    seen: dict[str, str] = {}
+    for name, answer in answers.items():
+        if not isinstance(answer, str):
+            raise InputError(f"{place}: field {name}: expected text, got {answer!r}")
+        if not answer.strip():
+            raise InputError(f"{place}: field {name}: the answer is empty")
+        if answer in seen:
+            raise InputError(f"{place}: field {name}: the same answer as field {seen[answer]}, {answer!r}: neither is better")
+        seen[answer] = name
+    margin = fields.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise InputError(f"{place}: field 'margin': expected a number, got {margin!r}")
+    if margin and "ranked" in fields:
+        raise InputError(f"{place}: field 'margin': goes with 'chosen' and 'rejected', not with 'ranked'")
+    return Preference(place, row.prompt, list(answers.values()), float(margin))
+
+
+def hold_out(rows: list[AnyRow], fraction: float, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
     """(training, held-out) rows: the rows of a random ``fraction`` of the prompts, so that no prompt is on both sides."""
     keys = [json.dumps(row.prompt) for row in rows]
     prompts = list(dict.fromkeys(keys))
@@ -90,3 +150,14 @@ def batch_at(step: int, size: int, rows: int, seed: int) -> list[int]:
     positions = range(step * size, (step + 1) * size)
     orders = {p: random.Random(f"{seed}/{p}").sample(range(rows), rows) for p in {position // rows for position in positions}}
     return [orders[position // rows][position % rows] for position in positions]
+
+
+def split(read: Callable[..., list[AnyRow]], args: RunArguments) -> tuple[list[AnyRow], list[AnyRow]]:
+    """(training, held-out) rows as the settings have it, read by ``read``."""
+    rows = read(args.data, prompt_field=args.prompt_field, field="data")
+    if args.eval_data is not None:
+        return rows, read(args.eval_data, prompt_field=args.prompt_field, field="eval_data")
+    rows, held_out = hold_out(rows, args.eval_fraction, args.seed)
+    if not rows:
+        raise InputError(f"{args.eval_fraction} of the prompts of {args.data} leaves none to train on", field="eval_fraction")
+    return rows, held_out

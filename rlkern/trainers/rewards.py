@@ -1,4 +1,4 @@
-"""Reward functions of the user's own, loaded by name.
+"""Reward functions of the user's own and reward models, loaded by name.
 
 A reward function is called with keyword arguments and gives one number a completion::
 
@@ -7,6 +7,8 @@ A reward function is called with keyword arguments and gives one number a comple
 
 ``prompts`` and ``completions`` are lists of equal length (a prompt as it is in the data, a completion as text without special tokens); every other
 field of the data is passed under its name as a list of the same length. A function without ``**`` gets only the fields that it names.
+
+A reward model, such as ``rlkern reward`` trains, is a directory or a name on the hub in place of the function's.
 """
 
 from __future__ import annotations
@@ -21,9 +23,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from rlkern.trainers.arguments import nearest
 from rlkern.trainers.data import Row
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
+
+_CPU = torch.device("cpu")
 
 
 class Reward(NamedTuple):
@@ -34,37 +41,64 @@ class Reward(NamedTuple):
     weight: float
 
 
-def load_rewards(specs: Iterable[str], rows: Sequence[Row]) -> list[Reward]:
-    """The functions named by ``module:function``, ``package.module:function=weight`` or ``path/to/file.py:function``.
+class RewardModel:
+    """A sequence-classification model with one output as a reward function: its score of each prompt and completion."""
 
-    ``rows`` are a row of each data file: a function that asks for a field which the data lack is refused here, not an hour later.
+    def __init__(self, name: str, device: torch.device, *, field: str, batch_size: int | None = None):
+        self.tokenizer = load_tokenizer(name, field=field)
+        self.model = load_scorer(name, torch.float32, self.tokenizer, field=field).to(device).eval().requires_grad_(False)
+        self.device, self.batch_size = device, batch_size
+
+    def __call__(self, prompts: list[Any], completions: list[str]) -> list[float]:
+        tokens = [answer_tokens(self.tokenizer, *pair, place="a prompt") for pair in zip(prompts, completions, strict=True)]
+        size = self.batch_size or len(tokens)
+        with torch.no_grad():
+            return torch.cat([scores(self.model, tokens[i : i + size], self.device) for i in range(0, len(tokens), size)]).tolist()
+
+
+def load_rewards(
+    specs: Iterable[str], rows: Sequence[Row], *, device: torch.device = _CPU, batch_size: int | None = None, field: str = "reward"
+) -> list[Reward]:
+    """The functions named by ``module:function``, ``package.module:function=weight`` or ``path/to/file.py:function``, and reward models.
+
+    ``rows`` are a row of each data file: a function that asks for a field which the data lack is refused here, not an hour later. Reward models run
+    on ``device``, ``batch_size`` completions at a time. ``field`` is the setting that holds ``specs``.
     """
     rewards: list[Reward] = []
     for spec in specs:
         where, _, name = spec.rpartition(":")
         name, _, weight_text = name.partition("=")
-        if not where or not name:
-            raise InputError(f"{spec!r}: expected module:function or file.py:function, and =weight if it is not 1", field="reward")
         try:
             weight = float(weight_text or 1.0)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
-            raise InputError(f"{spec!r}: the weight must be a number, got {weight_text!r}", field="reward")
-        try:
-            module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        except Exception as error:
-            raise InputError(f"{spec!r}: cannot import {where}: {_describe(error)}", field="reward") from error
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise InputError(f"{spec!r}: {where} has no function {name!r}{nearest(name, functions)}", field="reward")
+            raise InputError(f"{spec!r}: the weight must be a number, got {weight_text!r}", field=field)
+        function: Callable[..., Any]
+        if where and name:
+            function = _load_function(spec, where, name, field)
+        elif name and ":" not in spec and ("/" in name or Path(name).is_dir()):
+            function = RewardModel(name, device, field=field, batch_size=batch_size)
+        else:
+            raise InputError(f"{spec!r}: expected module:function, file.py:function or a reward model's directory; =weight if not 1", field=field)
         if name in (reward.name for reward in rewards):
             name = spec
         for row in rows:
-            _check_signature(spec, function, row)
+            _check_signature(spec, function, row, field)
         rewards.append(Reward(name, function, weight))
     return rewards
+
+
+def _load_function(spec: str, where: str, name: str, field: str) -> Callable[..., Any]:
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:
+        raise InputError(f"{spec!r}: cannot import {where}: {_describe(error)}", field=field) from error
+    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{spec!r}: {where} has no function {name!r}{nearest(name, functions)}", field=field)
+    return function
 
 
 def _load_file(path: Path) -> Any:
@@ -89,11 +123,11 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}".replace("\n", " ")
 
 
-def _check_signature(spec: str, function: Callable[..., Any], row: Row) -> None:
+def _check_signature(spec: str, function: Callable[..., Any], row: Row, field: str) -> None:
     parameters = inspect.signature(function).parameters.values()
     for p in parameters:
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in (*row.fields, "prompts", "completions"):
-            raise InputError(f"{spec!r} needs a field {p.name!r}, which {row.place} does not have{nearest(p.name, row.fields)}", field="reward")
+            raise InputError(f"{spec!r} needs a field {p.name!r}, which {row.place} does not have{nearest(p.name, row.fields)}", field=field)
 
 
 def _call(function: Callable[..., Any], rows: Sequence[Row], completions: Sequence[str]) -> Any:
@@ -131,3 +165,11 @@ def _culprit(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) ->
         except Exception:
             return f", for the completion {completion!r} of {row.place}"
     return ""
+
+
+def total(rewards: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]) -> tuple[list[float], dict[str, float]]:
+    """The weighted sum of the rewards of each completion, and the mean of each reward, named ``reward/...``, where there are several."""
+    each = {reward.name: score(reward, rows, completions) for reward in rewards}
+    sums = [sum(reward.weight * each[reward.name][i] for reward in rewards) for i in range(len(completions))]
+    means = {f"reward/{name}": sum(values) / max(1, len(values)) for name, values in each.items()} if len(each) > 1 else {}
+    return sums, means

@@ -1,4 +1,4 @@
-"""Models and what they write: loading for training, and sampling completions of prompts."""
+"""Models and what they write: loading for training, sampling completions of prompts, and scoring them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
+from rlkern.integrations.transformers import unwrap
 from rlkern.trainers.data import Row
 from rlkern.trainers.errors import InputError
 
@@ -52,18 +54,19 @@ class Sampler:
         )
 
     def tokens(self, row: Row) -> list[int]:
-        """The prompt as token ids; a conversation through the tokenizer's chat template."""
-        if isinstance(row.prompt, str):
-            ids = self.tokenizer(row.prompt)["input_ids"]
-        elif self.tokenizer.chat_template is None:
-            raise InputError(f"{row.place}: the prompt is a list of messages, but the tokenizer has no chat template")
-        else:
-            text = self.tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """The prompt as token ids, short enough for the model to answer it."""
+        ids = prompt_tokens(self.tokenizer, row.prompt, row.place)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and len(ids) + self.max_new_tokens > longest:
             raise InputError(f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}")
         return ids
+
+    def ended(self, batch: Completions) -> Tensor:
+        """Which completions ended by themselves, [N]; the others were cut off at ``max_new_tokens``."""
+        return self._is_end(batch.ids[:, -batch.mask.shape[1] :]).any(1)
+
+    def _is_end(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.ends, device=ids.device))
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> tuple[Completions, list[str]]:
@@ -82,27 +85,60 @@ class Sampler:
         self.model.train()
         longest = max(part.shape[1] for part in parts)
         new = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=self.pad) for part in parts])
-        is_end = torch.isin(new, torch.tensor(self.ends, device=device)).long()
+        is_end = self._is_end(new).long()
         mask = (is_end.cumsum(1) - is_end == 0).long()  # up to the first end, which counts; the padding id may be an end itself
         texts = self.tokenizer.batch_decode(new * mask + self.pad * (1 - mask), skip_special_tokens=True)
         return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask), texts
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of that path or name."""
-    return _load(AutoTokenizer, name)
+def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str) -> list[int]:
+    """A prompt as token ids; a conversation through the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise InputError(f"{place}: the prompt is a list of messages, but the tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _load(auto: Any, name: str, **options: Any) -> Any:
+def load_tokenizer(name: str, *, field: str = "model") -> Any:
+    """The tokenizer of that path or name; ``field`` is the setting that named it."""
+    return _load(AutoTokenizer, name, field)
+
+
+def _load(auto: Any, name: str, field: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {name}: {str(error).strip().splitlines()[0]}", field="model") from error
+        raise InputError(f"cannot load {name}: {str(error).strip().splitlines()[0]}", field=field) from error
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
     """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
-    model = _load(AutoModelForCausalLM, name, dtype=dtype)
+    return without_dropout(_load(AutoModelForCausalLM, name, "model", dtype=dtype))
+
+
+def load_scorer(name: str, dtype: torch.dtype, tokenizer: Any, *, field: str = "model") -> Any:
+    """A sequence-classification model with one output, without dropout: a reward model or a critic.
+
+    From a language model its head is new, and 0. ``tokenizer`` names the padding that the model is to look away from.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the head is new is known
+    try:
+        model, info = _load(AutoModelForSequenceClassification, name, field, dtype=dtype, num_labels=1, output_loading_info=True)
+    except RuntimeError as error:
+        raise InputError(f"cannot load {name} with one output: {str(error).strip().splitlines()[-1]}", field=field) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    for key in info["missing_keys"]:
+        torch.nn.init.zeros_(model.get_parameter(key))
+    model.config.get_text_config().pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return without_dropout(model)
+
+
+def without_dropout(model: Any) -> Any:
+    """The model, with every dropout switched off for good."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -110,3 +146,18 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
             if isinstance(getattr(module, probability, None), float):
                 setattr(module, probability, 0.0)
     return model
+
+
+def answer_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], answer: str, place: str) -> list[int]:
+    """A prompt and an answer to it as a reward model reads them: ended by the end-of-sequence token, if there is one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return prompt_tokens(tokenizer, prompt, place) + tokenizer(answer, add_special_tokens=False)["input_ids"] + end
+
+
+def scores(model: Any, tokens: Sequence[list[int]], device: torch.device) -> Tensor:
+    """The model's score of each sequence, [N], float32. ``model``: of :func:`load_scorer`, as it is or made data-parallel."""
+    longest = max(map(len, tokens))
+    pad = unwrap(model).config.get_text_config().pad_token_id
+    ids = torch.tensor([t + [pad] * (longest - len(t)) for t in tokens], device=device)
+    mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in tokens], device=device)
+    return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()

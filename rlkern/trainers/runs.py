@@ -1,24 +1,48 @@
-"""The directory of a run: settings, checkpoints that survive a kill, the log of metrics, the reward curve.
+"""What every run has: a directory, checkpoints that survive a kill, a log of metrics, a curve, and the loop over the steps.
 
 settings.json     what the run was started with
 metrics.jsonl     one line a step; only numbers that a run with the same settings reproduces, so that two logs can be compared as files
-checkpoints/      step-00000100/ ...: model, optimizer and random states as accelerate saves them
+checkpoints/      step-00000100/ ...: models, optimizers and random states as accelerate saves them
 model/            the trained model and tokenizer, for from_pretrained
-summary.json  reward.png  tensorboard/
+summary.json  <curve>.png  tensorboard/
+
+The numbers of a step are a function of the settings and of the state that a checkpoint holds: every step seeds its random generators anew and
+draws its rows by its number. Hence a run that was killed and resumed gives the numbers of one that was not.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import random
 import shutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
+from rlkern.trainers import tutorial
+from rlkern.trainers.arguments import parse
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.settings import RunArguments
+
+# Settings that a resumed run may change: its numbers do not depend on them.
+FREE = {"output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
+
+
+def seed_all(*parts: int | str) -> None:
+    """Seed the generators of Python, NumPy and PyTorch from all of ``parts``."""
+    set_seed(random.Random("/".join(map(str, parts))).getrandbits(32))
 
 
 def run_directory(output_dir: str | None, *, name: str, resume: bool) -> Path:
@@ -141,22 +165,157 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def plot_rewards(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """The reward curve: each step, its running mean, and the held-out evaluations."""
+def plot_curve(rows: list[dict[str, Any]], path: Path, *, key: str, held_out: str, label: str, title: str, own_axis: bool = False) -> None:
+    """``key`` of each step, its running mean, and ``held_out`` of the evaluations; ``own_axis``: these two are not on one scale."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    steps = [row["step"] for row in rows if "reward" in row]
-    rewards = [row["reward"] for row in rows if "reward" in row]
-    window = max(1, len(rewards) // 20)
-    smooth = [sum(rewards[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(rewards))]
-    held_out = [(row["step"], row["held_out_reward"]) for row in rows if "held_out_reward" in row]
+    values = [row[key] for row in rows if key in row]
+    steps = [row["step"] for row in rows if key in row]
+    window = max(1, len(values) // 20)
+    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    points = [(row["step"], row[held_out]) for row in rows if held_out in row]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, rewards, color="C0", alpha=0.3, label="training batch")
-    axes.plot(steps, smooth, color="C0", label=f"mean of {window} steps")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", color="C1", label="held out")
-    axes.set(xlabel="step", ylabel="mean reward", title=title)
+    lines = axes.plot(steps, values, color="C0", alpha=0.3, label="training batch")
+    lines += axes.plot(steps, smooth, color="C0", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel=label, title=title)
+    if points:
+        second = axes.twinx() if own_axis else axes
+        lines += second.plot(*zip(*points, strict=True), "o--", color="C1", label="held out")
+        if own_axis:
+            second.set_ylabel(f"held out: {label}", color="C1")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(handles=lines)
     figure.savefig(path, dpi=120)
+
+
+class Run(ABC):
+    """A run: what the settings name, checked and loaded by the trainer's ``__init__``, and its training step."""
+
+    name: str  #: the command
+    title: str  #: of the algorithm, for people
+    shown: tuple[str, ...]  #: the numbers of a step that the progress bar shows
+
+    args: RunArguments
+
+    def __init__(self, args: RunArguments):
+        self.args = args
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+        self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        self.directory = Path(broadcast_object_list([str(run_directory(args.output_dir, name=self.name, resume=args.resume))])[0])
+        self.warm_up: dict[str, Any] | None = None
+        self._settings = asdict(args)
+        self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
+
+    def built_in_task(self) -> Path:
+        """Make the built-in task, files like a user's own, and give their directory."""
+        task = self.directory / "tutorial"
+        with self.accelerator.main_process_first():
+            self.keep_settings()
+            self.warm_up = tutorial.prepare(task, self._settings["seed"], self.device)
+        return task
+
+    def keep_settings(self) -> None:
+        """Write down what the run was started with: the last thing before training, so that a start that fails leaves nothing behind."""
+        if self.accelerator.is_main_process:
+            store_settings(self.directory, self._settings, free=self._free)
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """Step ``step`` (from 0); the numbers to report."""
+
+    @abstractmethod
+    def evaluate(self, title: str) -> dict[str, float]:
+        """The held-out figures, named ``held_out_...``, with the same random numbers each time; nothing where nothing is held out."""
+
+    @abstractmethod
+    def save(self, rows: list[dict[str, Any]]) -> None:
+        """Save the model for ``from_pretrained`` and draw the curve of the log's ``rows``."""
+
+    @abstractmethod
+    def introduction(self) -> str:
+        """What is trained, and on how much."""
+
+    @staticmethod
+    @abstractmethod
+    def describe(figures: dict[str, float]) -> str:
+        """Held-out figures (without ``held_out_``) in a few words."""
+
+    def finish(self, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        """Save the result and sum the run up."""
+        self.save(rows)
+        summary: dict[str, Any] = {"directory": str(self.directory), "steps": self._settings["steps"], "seconds": round(seconds, 1)}
+        summary["warm_up"] = self.warm_up
+        for when, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
+            if figures := {key.removeprefix("held_out_"): value for key, value in row.items() if key.startswith("held_out_")}:
+                summary[when] = figures
+        write_json(self.directory / "summary.json", summary)
+        return summary
+
+
+def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
+    """The whole run of ``make(args)``; gives what summary.json holds. InputError where what the user gave cannot be used."""
+    started = time.perf_counter()
+    run = make(args)
+    main = run.accelerator.is_main_process
+    checkpoints = Checkpoints(run.directory / "checkpoints", run.accelerator, args.keep_checkpoints)
+    start = checkpoints.load() if args.resume else 0
+    metrics = Metrics(run.directory, start=start, tensorboard=args.tensorboard, enabled=main)
+    if main:
+        print(f"{run.directory}: {run.introduction()}")
+        if args.resume:
+            print(f"resumed after step {start}" if start else "no checkpoint to resume from: starting at the beginning")
+    if start == 0:
+        metrics.log(0, run.evaluate(f"held out, before {run.title}"), {})
+
+    every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log file is not to fill with bars
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.title, mininterval=every, disable=not main)
+    for step in bar:
+        clock = time.perf_counter()
+        numbers = run.step(step)
+        timings = {"seconds_per_step": time.perf_counter() - clock}
+        bar.set_postfix({name: f"{numbers[name]:.3f}" for name in run.shown if name in numbers}, refresh=False)
+        finite = all(math.isfinite(value) for name, value in numbers.items() if name.endswith("grad_norm"))
+        if not finite and args.mixed_precision != "fp16":  # fp16 skips such a step and lowers its loss scale
+            raise InputError(f"step {step + 1}: the gradient is not finite; a lower learning rate or another precision may help")
+        done = step + 1
+        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+            numbers |= run.evaluate(f"held out, after {done} steps")
+        metrics.log(done, numbers, timings)
+        if args.save_every and (done == args.steps or done % args.save_every == 0):
+            checkpoints.save(done)
+    metrics.close()
+    return run.finish(metrics.rows, time.perf_counter() - started) if main else {}
+
+
+def command(
+    make: type[Run],
+    arguments: type[RunArguments],
+    argv: Sequence[str],
+    trainer: Callable[[Any], dict[str, Any]],
+    *,
+    description: str,
+    built_in: dict[str, Any],
+    given_by_user: tuple[str, ...],
+) -> None:
+    """A trainer on the command line. What it does not set comes from the YAML file, then the run that is resumed, then the built-in task.
+
+    ``built_in`` are the settings of that task, which is trained where the user sets none of ``given_by_user``.
+    """
+    transformers_logging.disable_progress_bar()
+    given, places = parse(arguments, argv, prog=f"rlkern {make.name}", description=description.split("\n\n")[0])
+    try:
+        if given.get("resume"):
+            given = {**stored_settings(run_directory(given.get("output_dir"), name=make.name, resume=True)), **given}
+        if not any(given.get(name) for name in given_by_user):
+            given = {**built_in, **given}
+        summary = trainer(arguments(**given))
+    except InputError as error:
+        raise error.at(places) from error
+    if warm_up := summary.get("warm_up"):
+        print(f"supervised warm-up: {warm_up['steps']} steps, {warm_up['seconds']:.0f} s")
+    for when in ("before", "after"):
+        if when in summary:
+            print(f"held out, {when:6} {make.title}: {make.describe(summary[when])}")
+    if summary:
+        print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all; the model, its log and its curve are in {summary['directory']}")
