@@ -1,11 +1,20 @@
 """rlkern: fused GPU kernels for reinforcement-learning post-training of language models, as plain functions on tensors."""
 
-from .advantages import discounted_returns, gae, group_advantages, td_lambda, vtrace, whiten
+from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
 from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
-from .losses import LossOutput, importance_ratio, importance_weights, kl_penalty, policy_loss
+from .losses import (
+    LossOutput,
+    importance_ratio,
+    importance_weights,
+    kl_penalty,
+    policy_loss,
+    preference_loss,
+    ranking_loss,
+    value_loss,
+)
 from .surrogates import register_surrogate
 
 __version__ = "0.1.0"
@@ -30,9 +39,14 @@ __all__ = [
     "linear_generalized_jsd",
     "linear_token_logprobs",
     "policy_loss",
+    "preference_loss",
+    "process_advantages",
+    "ranking_loss",
     "register_surrogate",
+    "shaped_rewards",
     "td_lambda",
     "token_logprobs",
+    "value_loss",
     "vtrace",
     "whiten",
 ]

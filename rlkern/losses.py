@@ -1,4 +1,4 @@
-"""The policy loss on per-token log-probs, and its parts: importance ratio, importance weights, KL penalty."""
+"""Losses on tokens: the policy loss and its parts (importance ratio, importance weights, KL penalty), the value loss; and those of a reward model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number,
 from .config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS, SEQUENCE_AGGREGATIONS, Clamp, PolicyLossConfig, check_clamp
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
+from .ops.value import Values
+from .ops.value import value_loss as value_loss_on_tokens
 from .surrogates import check_backend
 
 
@@ -183,6 +185,135 @@ def kl_penalty(
         input_clamp=check_clamp("input_clamp", input_clamp),
         output_clamp=check_clamp("output_clamp", output_clamp),
     )
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_range: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    max_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """The critic's loss of PPO on tokens: loss, gradient and metrics in one launch::
+
+        loss = 0.5 sum_i a_i max((v_i - R_i)^2, (clamp(v_i, v_old_i - c, v_old_i + c) - R_i)^2)
+
+    with the aggregation as a weight vector a. The clip keeps v near what it was (Engstrom et al. 2020, arXiv:2005.12729, appendix A). The gradient
+    flows to ``values`` only; a second derivative is an error.
+
+    Args:
+        values: v, shape S: ``[batch, time]`` (any leading dimensions; the last is time), or ``[tokens]``.
+        old_values: those of the critic that made the advantages, shape S; read only with ``clip_range``, otherwise it may be None.
+        returns: R, shape S, a constant.
+        mask: shape S, any dtype; non-zero counts. Masked positions are never read, in any input.
+        clip_range: c, a positive number; None: no clip.
+        aggregation, normalizer, max_length: as in :class:`PolicyLossConfig` and :func:`policy_loss`.
+        cu_seqlens: ``[sequences + 1]``, int32 or int64: the packed sequences of ``[tokens]``.
+        validate: also check the values of ``cu_seqlens`` (synchronises a GPU); by default on the CPU.
+        backend: "triton" or "torch"; by default the former on a GPU.
+
+    Returns:
+        LossOutput without log-probs and entropy. The loss is float32 (float64 for float64 values), 0 for an empty batch. Metrics are over the mask:
+        clip_fraction (where the clipped error is the larger), error (mean of (v - R)^2), value_mean, return_mean, and explained_variance
+        (1 - Var(R - v) / Var(R); 0 where the returns are all the same).
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, device or option.
+    """
+    check_tensor("values", values, dtypes=FLOATS, min_dim=1)
+    check_tensor("returns", returns, shape=values.shape, dtypes=FLOATS, device=values.device)
+    if old_values is not None:
+        check_tensor("old_values", old_values, shape=values.shape, dtypes=FLOATS, device=values.device)
+    if mask is not None:
+        check_tensor("mask", mask, shape=values.shape, device=values.device)
+    if clip_range is not None:
+        check_number("clip_range", clip_range, above=0)
+        if old_values is None:
+            raise ValueError(f"old_values is needed with clip_range={clip_range}, got None")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    _check_sequences(values, cu_seqlens, validate)
+    if aggregation in SEQUENCE_AGGREGATIONS and cu_seqlens is None and values.dim() == 1:
+        raise ValueError(f"aggregation {aggregation!r} needs values of [batch, time], or cu_seqlens with [tokens]; got shape {tuple(values.shape)}")
+    if max_length is not None:
+        check_number("max_length", max_length, above=0)
+    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length")
+    x = Values(values, None if clip_range is None else old_values, returns, mask, _as_normalizer(normalizer, values), cu_seqlens)
+    longest = float(values.shape[-1] if max_length is None else max_length)
+    loss, metrics = value_loss_on_tokens(x, clip_range or 0.0, aggregation, longest, choose_backend(backend, values))
+    return LossOutput(loss, metrics, None, None)
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor | None = None) -> LossOutput:
+    """The loss of a reward model on pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155), averaged over the pairs::
+
+        -log sigmoid(r_chosen - r_rejected - margin)
+
+    Args:
+        chosen, rejected: scores of the better and of the worse answer, of one shape, any floating dtype. Differentiable in both.
+        margin: by how much the better one should win: a number, or a constant of that shape (Llama 2, arXiv:2307.09288). None: 0.
+
+    Returns:
+        LossOutput without log-probs and entropy. The loss is float32 (float64 for float64), 0 for no pairs. Metrics: accuracy (share of pairs with
+        chosen > rejected) and margin (mean of chosen - rejected).
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape or device.
+    """
+    check_tensor("chosen", chosen, dtypes=FLOATS)
+    check_tensor("rejected", rejected, shape=chosen.shape, dtypes=FLOATS, device=chosen.device)
+    if isinstance(margin, Tensor):
+        check_tensor("margin", margin, shape=chosen.shape, dtypes=(*FLOATS, *INTS), device=chosen.device)
+    elif margin is not None:
+        check_number("margin", margin)
+    dtype = state_dtype(chosen)
+    won = chosen.to(dtype) - rejected.to(dtype)
+    return _preferences(won, torch.ones_like(won) / max(won.numel(), 1), margin)
+
+
+def ranking_loss(scores: Tensor, *, mask: Tensor | None = None, margin: float | None = None) -> LossOutput:
+    """The K-wise form of :func:`preference_loss` for answers that were ranked (Ouyang et al. 2022, eq. 1): the mean over all K(K-1)/2 pairs of a
+    question, averaged over the questions.
+
+    Args:
+        scores: ``[..., K]``, those of the answers to a question, best first; any floating dtype, differentiable.
+        mask: of that shape, any dtype; zero where there is no answer, for questions with fewer than K. Such scores are not read. A question with
+            fewer than two answers has no pair and does not count.
+        margin: a number, by how much the better one of a pair should win. None: 0.
+
+    Returns:
+        As :func:`preference_loss`; accuracy and margin are averaged over pairs and questions in the same way.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape or device.
+    """
+    check_tensor("scores", scores, dtypes=FLOATS, min_dim=1)
+    if mask is not None:
+        check_tensor("mask", mask, shape=scores.shape, device=scores.device)
+    if margin is not None:
+        check_number("margin", margin)
+    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask != 0
+    s = torch.where(valid, scores.to(state_dtype(scores)), 0.0)
+    better, worse = torch.triu_indices(s.shape[-1], s.shape[-1], 1, device=s.device)
+    pairs = (valid[..., better] & valid[..., worse]).to(s.dtype)
+    pairs_of_question = pairs.sum(-1, keepdim=True)
+    questions = (pairs_of_question > 0).sum().clamp(min=1)
+    return _preferences(s[..., better] - s[..., worse], pairs / pairs_of_question.clamp(min=1) / questions, margin)
+
+
+def _preferences(won: Tensor, weights: Tensor, margin: float | Tensor | None) -> LossOutput:
+    """By how much the better answers won, and what each pair counts. A few thousand numbers at most: plain PyTorch on every device."""
+    target = margin.detach() if isinstance(margin, Tensor) else margin or 0.0
+    loss = -(weights * torch.nn.functional.logsigmoid(won - target)).sum()
+    metrics = {"accuracy": (weights * (won > 0)).sum(), "margin": (weights * won.detach()).sum()}
+    return LossOutput(loss, metrics, None, None)
 
 
 def check_config(config: PolicyLossConfig) -> None:

@@ -7,6 +7,7 @@ Notation: ``S`` is the shape of per-token tensors (``[..., time]`` padded, or ``
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -628,9 +629,81 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor, time: int, *, gr
     return (at_or_after * normalised.unsqueeze(-1)).sum(1)
 
 
-def shaped_rewards(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *, mask: Tensor, kl_coef: float, kl_estimator: str = "k1") -> Tensor:
+def shaped_rewards(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    mask: Tensor,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """r_t = -kl_coef KL_t + 1[t is the last valid token] R  (InstructGPT).  rewards [batch], the rest [batch, time]; 0 at masked positions."""
+    if cu_seqlens is not None:
+        pieces = []
+        for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            lp, ref, m = (x[None, begin:end] for x in (logprobs, ref_logprobs, mask))
+            pieces.append(shaped_rewards(rewards[i : i + 1], lp, ref, mask=m, kl_coef=kl_coef, kl_estimator=kl_estimator)[0])
+        return torch.cat(pieces)
     m = mask != 0
     kl = kl_penalty(logprobs.detach(), ref_logprobs, kl_estimator, mask=m)
     following = m.flip(-1).cumsum(-1).flip(-1)  # valid tokens from here on
     return -kl_coef * kl + torch.where(m & (following == 1), rewards.unsqueeze(-1).to(kl.dtype), 0.0)
+
+
+# ---- 7. Value loss and reward model ---------------------------------------------------------------------------------------------------------
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_range: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    max_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics).  loss = 0.5 sum_i a_i max((v - R)^2, (clamp(v, v_old - c, v_old + c) - R)^2);  c = None: no clip   (PPO's reference code)."""
+    dtype = compute_dtype(values)
+    m = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
+    v, R = torch.where(m, values.to(dtype), 0.0), torch.where(m, returns.detach().to(dtype), 0.0)
+    squared = plain = (v - R) ** 2
+    if clip_range is not None:
+        assert old_values is not None
+        old = torch.where(m, old_values.detach().to(dtype), 0.0)
+        squared = torch.maximum(plain, (torch.clamp(v, old - clip_range, old + clip_range) - R) ** 2)
+    a = aggregation_weights(m, aggregation, dtype=dtype, normalizer=normalizer, max_length=max_length, cu_seqlens=cu_seqlens)
+    metrics = {
+        "clip_fraction": (squared > plain).to(dtype).sum() / m.sum().clamp(min=1),
+        "error": plain.sum() / m.sum().clamp(min=1),
+        "value_mean": v.sum() / m.sum().clamp(min=1),
+        "return_mean": R.sum() / m.sum().clamp(min=1),
+        "explained_variance": 1 - (R - v)[m].var(correction=0) / R[m].var(correction=0)
+        if m.any() and R[m].var(correction=0) > 0
+        else v.new_zeros(()),
+    }
+    return 0.5 * (a * squared).sum(), {name: x.detach().to(dtype) for name, x in metrics.items()}
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor | None = None) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected - margin), averaged over the pairs   (Bradley and Terry 1952)."""
+    d = chosen.to(compute_dtype(chosen)) - rejected.to(compute_dtype(rejected)) - (0.0 if margin is None else margin)
+    return -torch.nn.functional.logsigmoid(d).sum() / max(d.numel(), 1)
+
+
+def ranking_loss(scores: Tensor, *, mask: Tensor | None = None, margin: float | None = None) -> Tensor:
+    """The K-wise form: scores [questions, K], best first; preference_loss over the K(K-1)/2 pairs of a question, averaged over the questions.
+
+    Questions with fewer than two valid answers have no pair, and are left out.
+    """
+    losses = []
+    for i, row in enumerate(scores):
+        r = row if mask is None else row[mask[i] != 0]
+        better, worse = torch.triu_indices(len(r), len(r), 1, device=r.device)
+        if len(better):
+            losses.append(preference_loss(r[better], r[worse], margin=margin))
+    return torch.stack(losses).mean() if losses else 0.0 * scores.to(compute_dtype(scores)).nansum()

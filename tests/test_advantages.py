@@ -41,6 +41,34 @@ def test_baselines_by_hand(device):
     assert no_lengths.tolist() == [2.0, -1.0, -1.0, 0.0]
 
 
+def test_a_given_baseline(device):
+    """ReMax: the reward less that of the greedy answer, for groups of one too; NaN is left out; the std is that of the raw rewards."""
+    rewards = torch.tensor([1.0, 0.0, 2.0, nan], device=device)
+    greedy = torch.tensor([1.0, 1.0, 0.5, 0.0], device=device)
+    assert rk.group_advantages(rewards, baseline=greedy, scale="none", validate=False).tolist() == [0.0, -1.0, 1.5, 0.0]
+    by_batch = rk.group_advantages(rewards, baseline=greedy, scale="batch", validate=False)
+    assert_accurate(by_batch, torch.tensor([0.0, -1.0, 1.5, 0.0]) / (1 + 1e-4), eps=1e-7)
+    for wrong in ({"scale": "group"}, {"scale": "none", "group_size": 2}):
+        with pytest.raises(ValueError, match="needs no groups"):
+            rk.group_advantages(rewards, baseline=greedy, **wrong)
+
+
+def test_reinforce_plus_plus(device):
+    """Per-token KL and the score on the last token, summed from the end, whitened over the batch: against its formula, written out."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], device=device)
+    lp, ref = torch.randn(2, 3, 4, dtype=torch.float64, device=device).masked_fill(mask == 0, nan)
+    scores = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64, device=device)
+    shaped = rk.shaped_rewards(scores, lp, ref, mask=mask, kl_coef=0.1)
+    mine = rk.whiten(rk.discounted_returns(shaped, gamma=1.0, mask=mask), mask)
+    raw = {}
+    for b, length in enumerate((3, 4, 1)):
+        for t in range(length):
+            raw[b, t] = float(scores[b]) - 0.1 * sum(float(lp[b, u] - ref[b, u]) for u in range(t, length))
+    values = torch.tensor(list(raw.values()), dtype=torch.float64)
+    exact = (values - values.mean()) / (values.var() + 1e-8).sqrt()
+    assert_accurate(torch.stack([mine[at] for at in raw]), exact, eps=1e-10)
+
+
 GROUPS: dict[str, dict[str, Any]] = {
     "size": {"group_size": 4},
     "size 1": {"group_size": 1},
@@ -206,8 +234,9 @@ def test_results_are_data(device):
 def test_opcheck(device):
     rewards, ids = torch.randn(6, device=device), torch.tensor([3, 3, 1, 1, 1, 3], device=device)
     for scale in ("group", "batch"):
-        torch.library.opcheck(ops.group_advantages, (rewards, ids, None, 0, "mean", scale, 1e-4, "zero", True))
-    torch.library.opcheck(ops.group_advantages, (rewards, None, ids, 3, "length-weighted", "none", 1e-4, "raw", False))
+        torch.library.opcheck(ops.group_advantages, (rewards, ids, None, None, 1, "mean", scale, 1e-4, "zero", True))
+    torch.library.opcheck(ops.group_advantages, (rewards, None, ids, None, 3, "length-weighted", "none", 1e-4, "raw", False))
+    torch.library.opcheck(ops.group_advantages, (rewards, None, None, rewards.clone(), 1, "given", "batch", 1e-4, "zero", False))
 
 
 def test_compile(device):
@@ -236,3 +265,85 @@ def test_shaped_rewards_by_hand():
     lp, ref = torch.tensor([[-1.0, -2.0, nan], [nan, -1.0, -3.0]]).double(), torch.tensor([[-2.0, -1.0, nan], [nan, -1.0, -1.0]]).double()
     shaped = reference.shaped_rewards(torch.tensor([5.0, 7.0]), lp, ref, mask=torch.tensor([[1, 1, 0], [0, 1, 1]]), kl_coef=0.1)
     assert_accurate(shaped, torch.tensor([[-0.1, 5.1, 0.0], [0.0, 0.0, 7.2]], dtype=torch.float64), eps=1e-12)
+
+
+# ---- rewards of steps and of tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _steps(device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Six answers of up to four steps in ten tokens; one without any, two steps that end together."""
+    rewards = torch.randn(6, 4, dtype=torch.float64, device=device).to(dtype)
+    ends = torch.tensor([[1, 4, 6, 9], [2, 2, -1, -1], [-1, -1, -1, -1], [0, 9, -1, -1], [5, -1, -1, -1], [3, 1, 8, -1]], device=device)
+    return rewards.masked_fill(ends < 0, nan), ends
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+def test_process_advantages(group_size, dtype, backend, device):
+    rewards, ends = _steps(device, dtype)
+    exact = reference.process_advantages(rewards.double(), ends, 10, group_size=group_size)
+    mine = rk.process_advantages(rewards, ends, 10, group_size=group_size, backend=backend)
+    assert mine.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_accurate(mine, exact, eps=1e-12 if dtype == torch.float64 else 1e-5)
+    ids = torch.arange(6, device=device) // group_size * 7 - 3
+    assert torch.equal(rk.process_advantages(rewards, ends.int(), 10, group_ids=ids, backend=backend), mine)
+
+
+def test_process_advantages_by_hand(device):
+    """Two answers with step rewards 1, 0 and 1: mean 2/3; each token has the sum of its own step and of those that follow."""
+    rewards = torch.tensor([[1.0, 0.0], [1.0, nan]], dtype=torch.float64, device=device)
+    ends = torch.tensor([[1, 2], [0, -1]], device=device)
+    std = math.sqrt(1 / 3)
+    up, down = 1 / 3 / std, -2 / 3 / std
+    mine = rk.process_advantages(rewards, ends, 4, group_size=2, eps=0.0)
+    assert_accurate(mine, torch.tensor([[up + down, up + down, down, 0.0], [up, 0.0, 0.0, 0.0]]), eps=1e-7)
+
+
+def test_process_rewards_that_could_not_be_scored(device):
+    rewards, ends = _steps(device)
+    rewards[0, 1] = nan
+    with pytest.warns(UserWarning, match="1 of 24 rewards are NaN"):
+        mine = rk.process_advantages(rewards, ends, 10, group_size=3, validate=True)
+    without = torch.where(rewards.isnan(), -1, ends)
+    assert_accurate(mine, reference.process_advantages(rewards.nan_to_num(), without, 10, group_size=3), eps=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_shaped_rewards(estimator, device):
+    mask = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]], device=device)
+    lp, ref = torch.randn(2, 3, 5, device=device).masked_fill(mask == 0, nan)
+    rewards = torch.tensor([1.0, 5.0, -2.0], device=device)
+    options = {"kl_coef": 0.2, "kl_estimator": estimator}
+    mine = rk.shaped_rewards(rewards, lp, ref, mask=mask, **options)
+    assert_accurate(mine, reference.shaped_rewards(rewards.double(), lp.double(), ref.double(), mask=mask, **options), eps=1e-6)
+    assert float(mine[2, 3]) == pytest.approx(-2.0 - 0.2 * float(rk.kl_penalty(lp[2, 3], ref[2, 3], estimator)), abs=1e-6)
+    assert torch.equal(rk.shaped_rewards(rewards, lp, ref, mask=mask, kl_coef=torch.tensor(0.2, device=device), kl_estimator=estimator), mine)
+    keep = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13, 14], device=device)
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    flat = [t.flatten()[keep] for t in (lp, ref, mask, mine)]
+    assert torch.equal(rk.shaped_rewards(rewards, *flat[:2], mask=flat[2], cu_seqlens=cu, **options), flat[3])
+    assert torch.equal(reference.shaped_rewards(rewards, *flat[:2], mask=flat[2], cu_seqlens=cu, **options), flat[3])
+    assert not rk.shaped_rewards(rewards, lp.requires_grad_(), ref, mask=mask, **options).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "error_type", "message"),
+    [
+        (lambda x, e: rk.process_advantages(x[0], e, 10, group_size=2), ValueError, r"step_rewards must have shape \[N, steps\]"),
+        (lambda x, e: rk.process_advantages(x, e[:, :2], 10, group_size=2), ValueError, "step_ends must have shape"),
+        (lambda x, e: rk.process_advantages(x, e.float(), 10, group_size=2), TypeError, "step_ends must have a dtype"),
+        (lambda x, e: rk.process_advantages(x, e, 9, group_size=2), ValueError, r"step_ends must be in \[0, 9\), or -1 for no step; got 9"),
+        (lambda x, e: rk.process_advantages(x, e, 10), ValueError, "exactly one of group_size and group_ids"),
+        (lambda x, e: rk.process_advantages(x, e, 10, group_size=4), ValueError, "group_size must divide"),
+        (lambda x, e: rk.process_advantages(x, e, 1.5, group_size=2), ValueError, "length must be an int"),
+        (lambda x, e: rk.shaped_rewards(x[:, 0], x, x[:, 1:], mask=x, kl_coef=0.1), ValueError, "ref_logprobs must have shape"),
+        (lambda x, e: rk.shaped_rewards(x[:2, 0], x, x, mask=x, kl_coef=0.1), ValueError, r"rewards must have shape \(6,\)"),
+        (lambda x, e: rk.shaped_rewards(x[:, 0], x, x, mask=x, kl_coef=-1), ValueError, "kl_coef must be a number >= 0"),
+        (lambda x, e: rk.shaped_rewards(x[:, 0], x, x, mask=x, kl_coef=1, kl_estimator="k9"), ValueError, "estimator must be one of"),
+        (lambda x, e: rk.shaped_rewards(x[0], x[0], x[0], mask=x[0], kl_coef=1), ValueError, "at least 2 dimension"),
+        (lambda x, e: rk.shaped_rewards(x[0], x, x, mask=x, kl_coef=1, cu_seqlens=torch.tensor([0, 6])), ValueError, "cu_seqlens goes with packed"),
+    ],
+)
+def test_errors_of_steps_and_tokens(call, error_type, message):
+    with pytest.raises(error_type, match=message):
+        call(*_steps(torch.device("cpu"), torch.float32))

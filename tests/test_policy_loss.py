@@ -12,7 +12,7 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import config as config_module
 from rlkern import reference
-from rlkern.ops import policy as ops
+from rlkern.ops import tokens
 from rlkern.ops.policy import policy_loss_op
 from rlkern.surrogates import SURROGATES
 
@@ -192,14 +192,14 @@ def test_packed_equals_padded(backend, device):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_sequences_longer_than_a_block(case, layout, device, monkeypatch):
     """Many blocks a sequence, many tiles a row: the same as one."""
-    monkeypatch.setattr(ops, "BLOCK", 2)
+    monkeypatch.setattr(tokens, "BLOCK", 2)
     batch = make_batch(device)
     assert_equals_reference(pack(batch) if layout == "packed" else batch, CASES[case], "triton")
 
 
 def test_tiles_grow_with_the_batch(device, monkeypatch):
-    monkeypatch.setattr(ops, "BLOCK", 2)
-    monkeypatch.setattr(ops, "PROGRAMS", 3)
+    monkeypatch.setattr(tokens, "BLOCK", 2)
+    monkeypatch.setattr(tokens, "PROGRAMS", 3)
     batch = pack(make_batch(device))
     assert_equals_reference(batch, CASES["ppo"], "triton", cu_seqlens=None)
 
@@ -447,7 +447,7 @@ def test_no_gradient_wanted(backend, device):
 
 
 def test_bitwise_the_same_on_every_run(backend, device, monkeypatch):
-    monkeypatch.setattr(ops, "BLOCK", 4)
+    monkeypatch.setattr(tokens, "BLOCK", 4)
     batch = make_batch(device).to(torch.float32)
     config = Config.grpo(kl_coef=0.1)
     first, second = (results(rk.policy_loss, batch.kwargs(), config=config, backend=backend) for _ in range(2))

@@ -15,6 +15,7 @@ def group_advantages(
     rewards: Tensor,
     group_ids: Tensor | None,
     lengths: Tensor | None,
+    given: Tensor | None,
     group_size: int,
     baseline: str,
     scale: str,
@@ -22,9 +23,10 @@ def group_advantages(
     singleton: str,
     validate: bool,
 ) -> Tensor:
-    """``[N]`` advantages in groups of ``group_size`` neighbours, or of equal ids. ``validate``: warn of NaN rewards, which synchronises."""
-    if validate and (missing := int(rewards.isnan().sum())):
-        warnings.warn(f"{missing} of {len(rewards)} rewards are NaN: left out of their groups, with advantage 0", stacklevel=2)
+    """``[N]`` advantages in groups of ``group_size`` neighbours, or of equal ids; or to the ``given`` baseline. ``validate``: warn of NaN rewards,
+    which synchronises."""
+    if validate:
+        warn_of_nan(rewards)
     n = len(rewards)
     if group_ids is None:
         group, groups = torch.arange(n, device=rewards.device) // group_size, n // group_size
@@ -43,7 +45,9 @@ def group_advantages(
     lowest = torch.full((groups,), torch.inf, dtype=r.dtype, device=r.device).scatter_reduce_(0, group, r.masked_fill(~scorable, torch.inf), "amin")
     d = (r - lowest[group]).masked_fill(~scorable, 0)
     deviation = d - total(d) / count
-    if baseline == "mean":
+    if given is not None:
+        advantages = r - given.double()
+    elif baseline == "mean":
         advantages = deviation
     elif baseline == "leave-one-out":
         advantages = deviation * count / (count - 1)
@@ -57,13 +61,20 @@ def group_advantages(
         everywhere = scorable.sum()
         spread = (r - r.masked_fill(~scorable, 0).sum() / everywhere).masked_fill(~scorable, 0)
         advantages = advantages / ((spread.square().sum() / (everywhere - 1)).sqrt() + eps)
-    alone = r if singleton == "raw" else torch.zeros_like(r)
-    return torch.where(count > 1, advantages, alone).masked_fill(~scorable, 0).to(state_dtype(rewards))
+    if given is None:
+        advantages = torch.where(count > 1, advantages, r if singleton == "raw" else torch.zeros_like(r))
+    return advantages.masked_fill(~scorable, 0).to(state_dtype(rewards))
 
 
 @group_advantages.register_fake
 def _(rewards: Tensor, *args: object) -> Tensor:
     return torch.empty(rewards.shape, dtype=state_dtype(rewards), device=rewards.device)
+
+
+def warn_of_nan(rewards: Tensor) -> None:
+    """Say how many rewards could not be scored."""
+    if missing := int(rewards.isnan().sum()):
+        warnings.warn(f"{missing} of {rewards.numel()} rewards are NaN: left out of their groups, with advantage 0", stacklevel=3)
 
 
 def _ranks(ids: Tensor) -> Tensor:

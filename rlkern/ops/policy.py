@@ -14,6 +14,7 @@ from ..config import PolicyLossConfig
 from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
 from ..surrogates import own_surrogate
 from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
+from .tokens import WARPS, Layout, divisor
 
 METRICS = (
     "clip_fraction",
@@ -58,11 +59,6 @@ def needs_statistics(config: PolicyLossConfig) -> bool:
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
 
-# Two elements a thread: the dozen vector accumulators stay in registers.
-BLOCK, WARPS = 512, 8
-# Beyond this number tiles grow, since one program adds up what all have found.
-PROGRAMS = 4096
-
 
 def term_functions(config: PolicyLossConfig) -> dict[str, Any]:
     """The functions of ``kernels/policy.py`` and ``kernels/kl.py``, or the user's, that a kernel is specialised to."""
@@ -81,42 +77,26 @@ def _triton_path(
 ) -> None:
     from ..kernels import policy, tokens
 
-    shape, time = x.logprobs.shape, x.logprobs.shape[-1]
-    packed = x.cu_seqlens is not None and (
-        config.needs_sequences or any(t is not None and t.shape == (x.cu_seqlens.shape[0] - 1,) for t in (x.advantages, x.importance_weights))
+    by_sequence = config.needs_sequences or (
+        x.cu_seqlens is not None and any(t is not None and t.shape == (x.cu_seqlens.shape[0] - 1,) for t in (x.advantages, x.importance_weights))
     )
-
-    def rows(t: Tensor | None) -> Any:
-        if t is None:
-            return None
-        if packed and t.dim() == 1 and t.shape != shape and t.shape[0] != 1:
-            return tokens.Rows(t, t.stride(0), 0)
-        t = (t.unsqueeze(-1) if t.shape == shape[:-1] else t).expand(shape)
-        if t.dim() == 1:
-            return tokens.Rows(t, 0, t.stride(0))
-        if t.dim() > 2:
-            t = t.reshape(-1, time)
-        return tokens.Rows(t, t.stride(0), t.stride(1))
-
-    tile = time if config.needs_sequences else BLOCK * -(-x.logprobs.numel() // (BLOCK * PROGRAMS))
-    tiles = -(-time // tile)
-    programs = x.cu_seqlens.shape[0] - 1 if packed and x.cu_seqlens is not None else x.logprobs.numel() // time * tiles
+    layout = Layout.of(x.logprobs, x.cu_seqlens if by_sequence else None, whole_sequences=config.needs_sequences)
     surrogate = surrogate_of(config)
     with device_of(x.logprobs):
-        tokens.policy_kernel[(programs,)](
-            *(rows(t) for t in x[:9]),
-            rows(grad_logprobs),
-            rows(grad_entropy),
+        tokens.policy_kernel[(layout.programs,)](
+            *(layout.rows(t) for t in x[:9]),
+            layout.rows(grad_logprobs),
+            layout.rows(grad_entropy),
             x.normalizer,
-            x.cu_seqlens if packed else None,
-            torch.empty(tokens.PARTIALS.value * programs, dtype=results.dtype, device=results.device),
+            layout.cu_seqlens,
+            torch.empty(tokens.PARTIALS.value * layout.programs, dtype=results.dtype, device=results.device),
             torch.zeros((), dtype=torch.int32, device=results.device),
             loss_out,
             results,
-            time,
-            tiles,
-            tile,
-            Options.of(config, time),
+            layout.time,
+            layout.tiles,
+            layout.tile,
+            Options.of(config, layout.time),
             **term_functions(config),
             EDGES=getattr(policy, surrogate.edges.__name__),
             SUMMAND=None if surrogate.summand is None else getattr(policy, surrogate.summand.__name__),
@@ -127,7 +107,7 @@ def _triton_path(
             STATISTICS=needs_statistics(config),
             REDUCTION=surrogate.reduction,
             ONE_WEIGHT=x.importance_weights is not None and one_a_sequence(x.importance_weights, x.logprobs, x.cu_seqlens),
-            BLOCK=BLOCK,
+            BLOCK=layout.block,
             num_warps=WARPS,
         )
 
@@ -193,13 +173,13 @@ def _torch_path(
     ref = None if x.ref_logprobs is None else read(x.ref_logprobs)
     loss, d_lp, d_log_r, d_own, kl = objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, config, o)
 
-    by = _divisor(config.aggregation, x.normalizer, m, cu_seqlens, o)
+    by = divisor(config.aggregation, x.normalizer, m, cu_seqlens, o.max_length)
     scale = 1 / length if config.aggregation == "seq-mean-token-mean" else None  # what the lengths put into the weight of a token
     entropy_m, entropy_scale, entropy_by = m, scale, by
     own = config.own_entropy_aggregation
     if own:
         entropy_m, entropy_scale = kept_m, 1 / kept_length if own == "seq-mean-token-mean" else None
-        entropy_by = _divisor(own, None, kept_m, cu_seqlens, o)
+        entropy_by = divisor(own, None, kept_m, cu_seqlens, o.max_length)
     entropy_weights = entropy_m if entropy_scale is None else entropy_m * entropy_scale
 
     def scaled(values: Tensor) -> Tensor:
@@ -233,20 +213,6 @@ def _torch_path(
                 d_log_r = over_sequences(counted(d_log_r, live)) / (length if config.ratio_level == "sequence" else 1.0)
             gradient = gradient + d_log_r
         grad_logprobs.copy_(counted(scaled(torch.as_tensor(gradient)), live))
-
-
-def _divisor(aggregation: str, normalizer: Tensor | None, m: Tensor, cu_seqlens: Tensor | None, o: Options) -> Tensor:
-    """What the sum of (weighted) losses is divided by. A count of 0 divides by 1."""
-    if normalizer is not None:
-        count = normalizer.to(m.dtype)
-    elif aggregation == "token-mean":
-        count = m.sum()
-    elif aggregation == "sum":
-        count = m.new_ones(())
-    else:
-        count = (sequence_sum(m, cu_seqlens) > 0).sum().to(m.dtype)
-    count = torch.where(count == 0, 1.0, count)
-    return count * o.max_length if aggregation == "seq-mean-token-sum-norm" else count
 
 
 # ---- custom op and autograd -----------------------------------------------------------------------------------------------------------------
