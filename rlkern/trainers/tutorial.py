@@ -1,12 +1,12 @@
-"""The built-in task of ``rlkern grpo``: sums, scored as a teacher would.
+"""The built-in task of the trainers: sums, scored as a teacher would.
 
     "What is 2 + 3?"   "6" -> 0 (wrong)   "5" -> 1 (right)   "2 + 3 = 5" -> 2 (right, with the working)
 
 Everything is made here: questions, tokenizer, a small Llama, and a short supervised warm-up that teaches the model to add and the two ways to
-answer, mostly without the working. What GRPO adds it learns from the reward alone. The result is a model directory and two data files like a user's
-own: the trainer knows no difference.
+answer, mostly without the working. What training adds it learns from the reward alone, or from the teacher's preferences. The result is a model
+directory and data files like a user's own: the trainers know no difference.
 
-An eighth of the sums is held out, both ways round (7 + 2 with 2 + 7): neither the warm-up nor GRPO ever trains on them.
+An eighth of the sums is held out, both ways round (7 + 2 with 2 + 7): nothing ever trains on them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ LARGEST = 30  # numbers are 0 to this
 WARM_UP_STEPS = 600
 WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
-# What the built-in task sets where the user sets nothing.
+PREFERENCES = 4  # pairs of answers to each question
+# What the built-in task sets where the user sets nothing: for GRPO, and for a reward model.
 SETTINGS = {
     "steps": 100,
     "prompts_per_step": 32,
@@ -48,6 +49,17 @@ SETTINGS = {
     "eval_samples": 4,
     "save_every": 25,
 }
+REWARD_MODEL_SETTINGS = {
+    "steps": 600,
+    "prompts_per_step": 64,
+    "learning_rate": 2e-3,
+    "lr_schedule": "linear",
+    "lr_warmup_steps": 20,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.1,
+    "eval_every": 200,
+    "save_every": 200,
+}
 
 REWARD = "rlkern.trainers.tutorial:reward"
 
@@ -63,6 +75,30 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], **fiel
         working = f"{prompt.removeprefix('What is ').removesuffix('?')} = {right}"
         scores.append(2.0 if completion == working else 1.0 if completion == right else 0.0)
     return scores
+
+
+def preferences(pairs: list[tuple[int, int]], seed: int) -> list[dict[str, str]]:
+    """Pairs of answers to each question, of which the teacher scores one higher: right with and without the working, and wrong in several ways."""
+    draw = random.Random(f"preferences/{seed}")
+    rows = []
+    for a, b in pairs:
+        asked, right = question(a, b), a + b
+        for _ in range(PREFERENCES):
+            near = draw.choice([n for d in (1, 2, 10, draw.randint(3, 2 * LARGEST)) for n in (right - d, right + d) if n >= 0])
+            other = draw.randint(0, LARGEST)
+            wrong = [
+                f"{near}",
+                f"{a} + {b} = {near}",
+                f"{a} + {b}",
+                f"{a} + {other} = {a + other}",
+                f"{a} + {b} = {right} = {right}",
+                f"{right}{near % 10}",
+            ]
+            answers = [f"{a} + {b} = {right}", f"{right}", draw.choice(wrong[:2]), draw.choice(wrong)]
+            score = dict(zip(answers, reward([asked] * 4, answers, [str(right)] * 4), strict=True))
+            better, worse = draw.choice([(x, y) for x in score for y in score if score[x] > score[y]])
+            rows.append({"prompt": asked, "chosen": better, "rejected": worse})
+    return rows
 
 
 def split(seed: int, largest: int = LARGEST) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -103,7 +139,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 96, layers: 
 
 
 def prepare(directory: Path, seed: int, device: torch.device) -> dict[str, Any]:
-    """Make the task in ``directory``: model/, train.jsonl, held_out.jsonl, and warm_up.json, what is known of the warm-up, which is returned.
+    """Make the task in ``directory``: model/, train.jsonl and preferences.jsonl, both with a held_out_ one beside it (held_out.jsonl for the first),
+    and warm_up.json, what is known of the warm-up, which is returned.
 
     All of it or nothing appears; what is there already is kept. On a CPU it leaves torch with one thread: so small a model gains little from a second
     and, where another process wants that core, loses everything by waiting for it.
@@ -115,9 +152,12 @@ def prepare(directory: Path, seed: int, device: torch.device) -> dict[str, Any]:
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
         part.mkdir(parents=True)
         train, held_out = split(seed)
-        for name, pairs in (("train", train), ("held_out", held_out)):
-            lines = [json.dumps({"prompt": question(a, b), "answer": str(a + b)}) for a, b in pairs]
-            (part / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files = {
+            name: [{"prompt": question(a, b), "answer": str(a + b)} for a, b in pairs] for name, pairs in (("train", train), ("held_out", held_out))
+        }
+        files |= {"preferences": preferences(train, seed), "held_out_preferences": preferences(held_out, seed)}
+        for name, rows in files.items():
+            (part / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
         model = build_model(tokenizer).to(device)

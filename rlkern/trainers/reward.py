@@ -1,0 +1,165 @@
+"""A reward model, from preferences between answers to a model that scores them.
+
+Each step: score the answers to a few prompts by a language model whose head has one output, and raise the scores of the better ones above those of
+the worse: ``-log sigmoid(r_chosen - r_rejected - margin)`` of pairs, the mean over all pairs of ranked answers (InstructGPT, arXiv 2203.02155).
+The losses are rlkern's: ``rk.preference_loss`` and ``rk.ranking_loss``. The result is a sequence-classification model of transformers, which
+``--reward`` of ``rlkern ppo`` and ``rlkern grpo`` takes.
+
+The algorithm is in this file; what other trainers need too stands beside it: data in data.py, scoring in rollout.py, the loop over the steps with its
+log and its checkpoints in runs.py.
+
+Left out, to keep it readable: sharded models (FSDP, DeepSpeed; data parallelism works), LoRA, packing of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rlkern as rk
+from rlkern.trainers import runs, tutorial
+from rlkern.trainers.arguments import option
+from rlkern.trainers.data import Preference, batch_at, read_preferences, split
+from rlkern.trainers.errors import InputError
+from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
+from rlkern.trainers.settings import RunArguments
+
+
+@dataclass(kw_only=True)
+class RewardArguments(RunArguments):
+    """Settings of ``rlkern reward``. Without model and data, preferences of the built-in task of :mod:`rlkern.trainers.tutorial` are learned."""
+
+    model: str | None = option(None, "what to start from, a language model as a rule: a directory or a name on the hub")
+    data: str | None = option(None, "JSON lines of prompt, chosen and rejected, or of prompt and ranked, the best answer first")
+    steps: int = option(500, "training steps; each learns from one batch of prompts")
+    prompts_per_step: int = option(32, "prompts with their answers a step, over all processes")
+    learning_rate: float = option(1e-5, "of AdamW, at its peak")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("at least 1", lambda x: x >= 1, "prompts_per_step")
+        self.all_or_none("model", "data")
+
+
+class RewardRun(runs.Run):
+    """A run, and its training step."""
+
+    name, title, shown = "reward", "training", ("loss", "accuracy", "margin")
+    args: RewardArguments
+
+    def __init__(self, args: RewardArguments):
+        super().__init__(args)
+        self.here, rest = divmod(args.prompts_per_step, self.world)
+        if rest:
+            raise InputError(f"{args.prompts_per_step} prompts do not divide among {self.world} processes", field="prompts_per_step")
+        if args.model is None:
+            task = self.built_in_task()
+            files = {"data": f"{task}/preferences.jsonl", "eval_data": f"{task}/held_out_preferences.jsonl"}
+            args = replace(args, model=f"{task}/model", data=files["data"], eval_data=files["eval_data"])
+        assert args.model is not None
+        self.args = args
+        self.rows, self.held_out = split(read_preferences, args)
+        if self.held_out and len(self.held_out[0].answers) != len(self.rows[0].answers):
+            first, other = self.rows[0], self.held_out[0]
+            raise InputError(f"{other.place} has {len(other.answers)} answers, but {first.place} has {len(first.answers)}", field="eval_data")
+        self.tokenizer = load_tokenizer(args.model)
+        self.model = load_scorer(args.model, getattr(torch, args.dtype), self.tokenizer)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        for row in (*self.rows, *self.held_out):
+            for answer, tokens in zip(row.answers, self.tokens(row), strict=True):
+                if longest is not None and len(tokens) > longest:
+                    raise InputError(f"{row.place}: prompt and answer {answer[:30]!r} are {len(tokens)} tokens, more than the model's {longest}")
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+        self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.keep_settings()
+
+    def tokens(self, row: Preference) -> list[list[int]]:
+        """Each answer of the row, the best first, with the prompt before it."""
+        return [answer_tokens(self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
+
+    def loss(self, rows: Sequence[Preference]) -> rk.LossOutput:
+        """The loss of these rows, with accuracy and margin: the mean over their pairs."""
+        score = scores(self.scorer, [tokens for row in rows for tokens in self.tokens(row)], self.device).view(len(rows), -1)
+        if score.shape[1] > 2:
+            return rk.ranking_loss(score)
+        return rk.preference_loss(*score.unbind(1), margin=torch.tensor([row.margin for row in rows], device=self.device))
+
+    def parts(self, rows: Sequence[Preference]) -> list[Sequence[Preference]]:
+        """The rows in pieces of at most ``micro_batch_size`` answers, but whole rows."""
+        size = max(1, (self.args.micro_batch_size or len(rows) * len(rows[0].answers)) // len(rows[0].answers))
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def step(self, step: int) -> dict[str, float]:
+        args, accelerator = self.args, self.accelerator
+        runs.seed_all(args.seed, step, self.rank)
+        learning_rate = args.learning_rate * args.learning_rate_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # 1. Draw prompts with their answers; every process takes its share.
+        batch = batch_at(step, args.prompts_per_step, len(self.rows), args.seed)[self.rank * self.here : (self.rank + 1) * self.here]
+        parts = self.parts([self.rows[i] for i in batch])
+
+        # 2. One gradient step. A part counts by its rows: how a batch is split, for the sake of memory, changes nothing.
+        sums: list[Tensor] = []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else accelerator.no_sync(self.scorer):
+                out = self.loss(part)
+                accelerator.backward(out.loss * len(part) / self.here)
+            sums.append(torch.stack([out.loss.detach(), out.metrics["accuracy"], out.metrics["margin"]]) * len(part) / self.here)
+        norm = accelerator.clip_grad_norm_(self.scorer.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        # 3. Report.
+        loss, accuracy, margin = accelerator.reduce(torch.stack(sums).sum(0), "mean").tolist()
+        return {"loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": float(norm), "learning_rate": learning_rate}
+
+    @torch.no_grad()
+    def evaluate(self, title: str) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        rows = self.held_out[self.rank :: self.world]
+        sums = torch.zeros(3, device=self.device)
+        for i in range(0, len(rows), self.args.prompts_per_step):
+            for part in self.parts(rows[i : i + self.args.prompts_per_step]):
+                out = self.loss(part)
+                sums += torch.stack([out.metrics["accuracy"], out.metrics["margin"], out.loss.new_ones(())]) * len(part)
+        accuracy, margin, count = self.accelerator.reduce(sums, "sum").tolist()
+        figures = {"accuracy": accuracy / count, "margin": margin / count}
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{title}: {self.describe(figures)}")
+        return {f"held_out_{name}": value for name, value in figures.items()}
+
+    @staticmethod
+    def describe(figures: dict[str, float]) -> str:
+        return f"accuracy {figures['accuracy']:.1%}, margin {figures['margin']:.3f}"
+
+    def introduction(self) -> str:
+        counts = f"{len(self.rows)} preferences to train on, {len(self.held_out)} held out"
+        return f"{counts}, {len(self.rows[0].answers)} answers each; {self.model.num_parameters():,} parameters"
+
+    def save(self, rows: list[dict[str, Any]]) -> None:
+        self.model.save_pretrained(self.directory / "model")
+        self.tokenizer.save_pretrained(self.directory / "model")
+        label = "share of pairs in the right order"
+        runs.plot_curve(rows, self.directory / "accuracy.png", key="accuracy", held_out="held_out_accuracy", label=label, title="Reward model")
+
+
+def train(args: RewardArguments) -> dict[str, Any]:
+    """The whole run; gives what summary.json holds. InputError where what the user gave cannot be used."""
+    return runs.train(RewardRun, args)
+
+
+def main(argv: Sequence[str]) -> None:
+    """``rlkern reward``."""
+    inputs = ("model", "data")
+    runs.command(RewardRun, RewardArguments, argv, train, description=str(__doc__), built_in=tutorial.REWARD_MODEL_SETTINGS, given_by_user=inputs)
