@@ -32,7 +32,7 @@ def unwrap(model: Any) -> Any:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal language model: weight and bias, soft-cap (Gemma), factor of the logits (Cohere, Granite).
+    """The head of a causal language model: weight and bias, soft-cap (Gemma), factor of the logits (Cohere, Granite, Falcon-H1, Muse).
 
     Raises:
         TypeError: for a model without a linear language-model head.
@@ -44,8 +44,14 @@ def head_of(model: nn.Module) -> Head:
         raise TypeError(f"{type(inner).__name__} has no language-model head with a weight; expected a transformers causal language model")
     config = inner.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = scale * divisor if getattr(config, "model_type", None) == "hyperclovax" else scale / divisor  # HyperCLOVA X multiplies by it
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Models with both scale before the soft-cap: cap * tanh(x * scale / cap), which is the cap over the scale, then the scale.
+    return Head(weight, getattr(linear, "bias", None), None if softcap is None else softcap / scale, scale)
 
 
 class LastHidden(nn.Module):

@@ -1,0 +1,312 @@
+"""TRL: ``enable(trainer)`` lets a GRPOTrainer or RLOOTrainer score and train from hidden states; and its functions of logits by other means.
+
+TRL's own ``_compute_loss`` goes on to give the value of the loss and every metric. What changes is where log-probs, entropies and gradients come
+from:
+
+- log-probs and entropies from ``rk.linear_token_logprobs``, in float32 whatever the model's dtype;
+- with GRPO, where a token's loss depends on its own log-prob alone, the gradient from ``rk.fused_linear_policy_loss``, made while a chunk of
+  logits is at hand. Otherwise (RLOO, ratios of sequences, VESPO, the off-policy mask, the entropy quantile) TRL's loss is differentiated through the
+  log-probs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlkern as rk
+
+from .transformers import head_of, unwrap
+
+VERSIONS = ("1.15", "1.16")  # the trainers whose models have a fused head, as these releases have it
+_LOSSES = {
+    "grpo": ("clip", "seq-mean-token-mean"),
+    "bnpo": ("clip", "token-mean"),
+    "dr_grpo": ("clip", "seq-mean-token-sum-norm"),
+    "dapo": ("clip", "token-mean"),
+    "luspo": ("clip", "seq-mean-token-sum"),
+    "cispo": ("cispo", "token-mean"),
+    "sapo": ("sapo", "seq-mean-token-mean"),
+    "vespo": ("vespo", "token-mean"),
+}
+_LEVELS = ("token", "sequence")
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
+    """``trl.trainer.utils.selective_log_softmax``: log-probs of ``index``, shape ``S`` or ``S + [K]``, under ``logits / temperature``, ``S + [V]``.
+
+    float32 (float64 for float64 logits) where TRL gives the dtype of the logits: its bfloat16 log-probs are off by a few hundredths.
+    """
+    if index.dim() == logits.dim():
+        columns = [selective_log_softmax(logits, index[..., k], temperature) for k in range(index.shape[-1])]
+        gathered = torch.stack(columns, -1)
+        return gathered if row_mask is None else torch.where(row_mask != 0, gathered, 0.0)
+    return rk.token_logprobs(logits, index, mask=row_mask, temperature=temperature)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """``trl.trainer.utils.entropy_from_logits``: entropy in nats of each row, float32 (float64 for float64). ``chunk_size`` has no use here."""
+    return rk.token_logprobs(logits, torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device), with_entropy=True)[1]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``trl.trainer.utils.selective_log_softmax_and_entropy``, in one pass over the logits."""
+    logprobs, entropy = rk.token_logprobs(logits, index, mask=row_mask, temperature=temperature, with_entropy=True)
+    return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def policy_loss_config(args: Any) -> rk.PolicyLossConfig:
+    """The :class:`rlkern.PolicyLossConfig` of a ``GRPOConfig``.
+
+    What TRL passes as tensors is left to the caller: the entropy quantile as ``entropy_mask``, vLLM's ratios as ``importance_weights``,
+    and the ``normalizer`` (``"grpo"``, ``"sapo"``, ``"dr_grpo"`` and ``"luspo"`` divide by all sequences, empty ones too).
+
+    Raises:
+        ValueError: an option that is unknown here, or that has no counterpart; by its name.
+    """
+    _check_loss(args)
+    surrogate, aggregation = _LOSSES[args.loss_type]
+    level = args.importance_sampling_level
+    if surrogate == "vespo" and level == "sequence":
+        if args.beta != 0 and args.use_bias_correction_kl:
+            raise ValueError("loss_type='vespo' with importance_sampling_level='sequence' and use_bias_correction_kl=True has no counterpart")
+        level = "token"  # TRL's VESPO does not look at it
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    return rk.PolicyLossConfig(
+        surrogate=surrogate,
+        aggregation=aggregation,
+        ratio_level=level,
+        clip_low=args.epsilon,
+        clip_high=high,
+        cispo_cap=high if surrogate == "cispo" else None,
+        ratio_cap=args.delta if surrogate == "clip" else None,
+        tau_pos=args.sapo_temperature_pos,
+        tau_neg=args.sapo_temperature_neg,
+        vespo_k_pos=args.vespo_k_pos,
+        vespo_lambda_pos=args.vespo_lambda_pos,
+        vespo_k_neg=args.vespo_k_neg,
+        vespo_lambda_neg=args.vespo_lambda_neg,
+        off_policy_threshold=args.off_policy_mask_threshold,
+        kl_coef=args.beta,
+        kl_ratio_weighted=args.use_bias_correction_kl,
+        entropy_coef=args.entropy_coef,
+        entropy_aggregation="token-mean",
+        max_length=args.max_completion_length,
+    )
+
+
+class Enabled:
+    """What :func:`enable` did to a trainer. ``disable()``, or the end of a ``with`` block, undoes it."""
+
+    def __init__(self, trainer: Any, fuse_loss: bool) -> None:
+        self.trainer, self.fuse_loss, self.active = trainer, fuse_loss, True
+        self._undo: list[Callable[[], None]] = []
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
+            if model is not None:
+                inner = unwrap(model)
+                self._replace(inner, "forward", self._forward(inner, inner.forward))
+        if fuse_loss:
+            self._compute_loss = trainer._compute_loss
+            self._replace(trainer, "_compute_loss", self._loss)
+        trainer._rlkern = self
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.disable()
+
+    def disable(self) -> None:
+        """Give the trainer and its models their own methods back."""
+        self.active = False
+        while self._undo:
+            self._undo.pop()()
+        if getattr(self.trainer, "_rlkern", None) is self:
+            del self.trainer._rlkern
+
+    def _replace(self, owner: Any, name: str, new: Any) -> None:
+        own = vars(owner).get(name)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not new:
+                return  # wrapped since, as accelerate does: what is wrapped passes everything on
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+        setattr(owner, name, new)
+        self._undo.append(undo)
+
+    def _forward(self, model: Any, before: Any) -> Any:
+        """The forward of a model: with TRL's ``fused_lm_head=True``, log-probs and entropies from hidden states, and the loss of an objective."""
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        args = self.trainer.args
+
+        @functools.wraps(before)
+        def forward(*inputs: Any, **options: Any) -> Any:
+            if not (self.active and options.get("fused_lm_head")):
+                return before(*inputs, **options)
+            del options["fused_lm_head"]
+            labels, objective = options.pop("labels"), options.pop("rlkern_objective", None)
+            body = model.base_model(*inputs, **options, use_cache=False)
+            hidden, ids, head = body.last_hidden_state[:, :-1], labels[:, 1:], head_of(model)
+            device = hidden.device.type
+            precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            if getattr(args, "cast_lm_head_to_fp32", False):
+                precision = torch.float32
+            weight, bias = (None if x is None else _whole(x).to(precision) for x in (head.weight, head.bias))
+            scored = {**head._asdict(), "weight": weight, "bias": bias, "temperature": args.temperature}
+            hidden = hidden.to(precision)
+            aux_loss = _load_balancing_loss(model, body, options) if options.get("output_router_logits") else None
+            if objective is None:
+                logprobs, entropy = rk.linear_token_logprobs(hidden, ids=ids, rows=_rows(ids != -100), with_entropy=True, **scored)
+                return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, label_mask=ids != -100, aux_loss=aux_loss)
+            new = objective["mask"].shape[1]
+            hidden, ids = hidden[:, -new:], ids[:, -new:]
+            rows = _rows((ids != -100) & (objective["mask"] != 0))
+            out = rk.fused_linear_policy_loss(hidden, ids=ids, rows=rows, **scored, **objective)
+            return FusedCausalLMOutput(loss=out.loss, log_probs=out.logprobs, entropy=out.entropy, label_mask=ids != -100, aux_loss=aux_loss)
+
+        return forward
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """``GRPOTrainer._compute_loss``: TRL's value and metrics, of log-probs that carry no gradient, and the gradient of the fused loss."""
+        objective = self._objective(inputs) if torch.is_grad_enabled() else None
+        if objective is None:
+            return self._compute_loss(model, inputs)
+        fused: list[Tensor] = []
+
+        def scored(**options: Any) -> Any:  # through the model's own call, so that the hooks of data parallelism see the loss
+            output = model(**options, rlkern_objective=objective)
+            fused.append(output.loss)
+            return output
+
+        value = self._compute_loss(scored, inputs)
+        (loss,) = fused
+        return value + (loss - loss.detach())
+
+    def _objective(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of ``rk.fused_linear_policy_loss`` for a batch of TRL's, None where it could not make the gradient in the forward."""
+        trainer, args = self.trainer, self.trainer.args
+        config = policy_loss_config(args) if trainer.top_entropy_quantile == 1.0 else None
+        if config is None or not config.is_token_level:
+            return None
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        training = trainer.model.training  # TRL's "mode": evaluation neither splits nor accumulates
+        steps = trainer.current_gradient_accumulation_steps if training else 1
+        if args.loss_type in ("cispo", "dapo"):
+            share = steps / args.steps_per_generation if training else 1.0
+            normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes * share
+        elif args.loss_type == "bnpo":
+            normalizer = mask.sum().clamp(min=1) * steps
+        else:
+            normalizer = len(mask) * steps
+        coef = trainer.entropy_coef  # of this step: the adaptive control moves it, and switches it off
+        if trainer.use_adaptive_entropy and trainer._last_world_entropy > args.entropy_target:
+            coef = 0.0
+        weighted = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+        return {
+            "old_logprobs": inputs.get("old_per_token_logps"),
+            "advantages": inputs["advantages"],
+            "mask": mask,
+            "ref_logprobs": inputs["ref_per_token_logps"] if args.beta != 0 else None,
+            "importance_weights": inputs["importance_sampling_ratio"] if weighted else None,
+            "normalizer": normalizer,
+            "config": replace(config, entropy_coef=coef / steps),
+        }
+
+
+def enable(trainer: Any, *, fuse_loss: bool = True) -> Enabled:
+    """Let a GRPOTrainer or RLOOTrainer score and train from hidden states, without logits. Call it before ``trainer.train()``.
+
+    The losses, metrics and gradients stay TRL's, for every option of its loss; what is not supported is refused here, by name. Works with PEFT
+    adapters (the frozen head takes no part in the backward), gradient checkpointing, several iterations, ``cast_lm_head_to_fp32``, soft-caps and
+    logit scales, mixed precision, DDP and FSDP2.
+
+    Args:
+        trainer: of TRL 1.15 or 1.16.
+        fuse_loss: make the gradient of GRPO's loss in the forward, where it is token-level. False: log-probs alone are replaced, for trainers
+            that override ``_compute_loss``.
+
+    Returns:
+        :class:`Enabled`: ``with enable(trainer): trainer.train()`` or ``.disable()`` undo it.
+
+    Raises:
+        ImportError: TRL is not installed, or is of another version.
+        TypeError: another kind of trainer, or one with a log-prob or loss method of its own.
+        ValueError: an option that cannot be honoured exactly.
+    """
+    try:
+        import trl
+    except ImportError as e:
+        raise ImportError(f"rlkern.integrations.trl needs TRL {' or '.join(VERSIONS)}: pip install 'trl>=1.15,<1.17'") from e
+    if not trl.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
+        raise ImportError(
+            f"rlkern.integrations.trl.enable knows TRL {' and '.join(VERSIONS)}, found {trl.__version__}: pip install 'trl>=1.15,<1.17'"
+        )
+    from trl import GRPOTrainer, RLOOTrainer
+
+    kind = next((kind for kind in (GRPOTrainer, RLOOTrainer) if isinstance(trainer, kind)), None)
+    if kind is None:
+        raise TypeError(f"enable takes a GRPOTrainer or RLOOTrainer, got {type(trainer).__name__}")
+    fuse_loss = fuse_loss and kind is GRPOTrainer
+    for method in ("_get_per_token_logps_and_entropies", *(("_compute_loss",) if fuse_loss else ())):
+        if getattr(type(trainer), method) is not getattr(kind, method):
+            hint = "; with fuse_loss=False it keeps its loss" if method == "_compute_loss" else ""
+            raise TypeError(f"{type(trainer).__name__} overrides {method}, which enable would replace{hint}")
+    if hasattr(trainer, "_rlkern"):
+        raise ValueError("rlkern is enabled for this trainer already")
+    if kind is GRPOTrainer:
+        _check_loss(trainer.args)
+    _check_model(trainer.model)
+    return Enabled(trainer, fuse_loss)
+
+
+def _check_loss(args: Any) -> None:
+    for name, choices in (("loss_type", tuple(_LOSSES)), ("importance_sampling_level", _LEVELS)):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} for rlkern; got {getattr(args, name)!r}")
+
+
+def _check_model(model: Any) -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 is not supported: it keeps only a shard of the head's weight; use ZeRO-2, DDP or FSDP2")
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"the PEFT adapter {name!r} is prompt learning ({adapter.peft_type}), which shifts positions; use LoRA or another that does not"
+            )
+    inner = unwrap(model)
+    if len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
+        raise ValueError(f"device_map splits the model over {sorted(set(map(str, inner.hf_device_map.values())))}; expected one device a process")
+    if hasattr(inner.get_output_embeddings(), "base_layer"):
+        raise ValueError("a PEFT adapter on the head (lm_head in target_modules) would be ignored; leave it out")
+    head_of(inner)
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 has sharded, gathered."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """The positions that count: one synchronisation on a GPU, as in TRL."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _load_balancing_loss(model: Any, body: Any, inputs: dict[str, Any]) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    return load_balancing_loss_func(body.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask"))
