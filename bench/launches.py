@@ -58,6 +58,21 @@ def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: to
     ).loss.backward()
 
 
+def _value_loss(*, packed: bool = False, dtype: torch.dtype = torch.float32, clip_range: float | None = 0.2, **options: Any) -> None:
+    shape = (96,) if packed else ROWS
+    values, old, returns = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+    rk.value_loss(
+        values.requires_grad_(),
+        old,
+        returns,
+        mask=torch.ones(shape, dtype=torch.bool),
+        clip_range=clip_range,
+        cu_seqlens=torch.tensor([0, 32, 96], dtype=torch.int32) if packed else None,
+        backend="triton",
+        **options,
+    ).loss.backward()
+
+
 def _divergence(
     beta: float, dtype: torch.dtype = torch.bfloat16, ref_dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any
 ) -> None:
@@ -129,6 +144,9 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     **{f"policy_loss by {surrogate}": partial(_policy_loss, rk.PolicyLossConfig(surrogate=surrogate)) for surrogate in SURROGATES},
     "policy_loss by a user's own surrogate": partial(_policy_loss, own_surrogate.CONFIG),
     "fused_policy_loss by a user's own surrogate": partial(_fused_policy_loss, own_surrogate.CONFIG),
+    "value_loss": partial(_value_loss),
+    "value_loss of bf16, without a clip": partial(_value_loss, dtype=torch.bfloat16, clip_range=None),
+    "value_loss of packed sequences": partial(_value_loss, packed=True, aggregation="seq-mean-token-mean", normalizer=5),
     **{f"full_kl {name}": partial(_divergence, 1.0, dtype, dtype) for name, dtype in DTYPES.items()},
     **{f"full_kl in reverse, {name}": partial(_divergence, 0.0, dtype, dtype) for name, dtype in DTYPES.items()},
     **{f"generalized_jsd {name}": partial(_divergence, 0.5, dtype, dtype) for name, dtype in DTYPES.items()},
@@ -144,6 +162,8 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "gae of float64, packed": partial(_gae, 4096, dtype=torch.float64, cu_seqlens=torch.tensor([0, 1000, 4096])),
     "gae of few long rows": partial(_gae, 4, 131072),
     "gae truncated, of a length that is no multiple": partial(_gae, 8, 1001, truncated=torch.zeros(8, 1001, dtype=torch.bool)),
+    "gae whitened": partial(_gae, 8, 512, whitened=True, mask=torch.ones(8, 512, dtype=torch.bool)),
+    "gae of few long rows, whitened": partial(_gae, 4, 131072, whitened=True),
     "discounted_returns": lambda: rk.discounted_returns(torch.zeros(8, 512), gamma=0.99, backend="triton"),
     "vtrace, masked steps skipped": partial(_vtrace, 8, 2048, masked="skip"),
     "vtrace, masked steps decay": partial(_vtrace, 8, 2048, masked="decay"),

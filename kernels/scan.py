@@ -120,6 +120,7 @@ def lambda_returns_kernel(
     advantages_ptr,
     returns_ptr,
     summary_ptr,
+    moments_ptr,
     rows,
     length,
     chunks,
@@ -139,7 +140,8 @@ def lambda_returns_kernel(
     state after its tile to the state before, and no results; then each finds the state after its tile from those of the tiles that follow it.
 
     A row is ``length`` steps, or a sequence of packed tokens with ``cu_seqlens``. Absent inputs are None: values count as 0, without log-probs
-    rho = c = 1, without ``last_values`` a row ends in 0. A masked step is the identity, or with DECAY a step of r = V = 0 and no flags.
+    rho = c = 1, without ``last_values`` a row ends in 0. With ``moments_ptr [programs, 3]``, float64, each program stores what whitening needs of
+    its advantages: number, sum and sum of squares. A masked step is the identity, or with DECAY a step of r = V = 0 and no flags.
     """
     DTYPE: tl.constexpr = returns_ptr.dtype.element_ty
     VTRACE: tl.constexpr = logprobs_ptr is not None
@@ -162,6 +164,8 @@ def lambda_returns_kernel(
         value_after = tl.load(last_values_ptr + row, mask=live, other=0.0).to(DTYPE)
     state_after = value_after  # U, or for V-trace R
     within = tl.arange(0, WIDTH)[None, None, :] - (tl.arange(0, LANES)[None, :, None] + 1) * WIDTH
+    count = tl.full([], 0.0, tl.float64)
+    total, squares = count, count
     first, stop = 0, tl.max(steps, 0)
     if summary_ptr is not None:
         chunk = program % chunks
@@ -220,3 +224,29 @@ def lambda_returns_kernel(
             if advantages_ptr is not None:
                 tl.store(advantages_ptr + start * length + t, tl.where(valid, advantages, 0.0), mask=inside)
             tl.store(returns_ptr + start * length + t, tl.where(valid, returns, 0.0), mask=inside)
+            if moments_ptr is not None:
+                wide = tl.where(valid, advantages, 0.0).to(tl.float64)
+                count += tl.sum(valid.to(tl.float64))
+                total += tl.sum(wide)
+                squares += tl.sum(wide * wide)
+    if moments_ptr is not None and not SUMMARISE:
+        tl.store(moments_ptr + program * 3, count)
+        tl.store(moments_ptr + program * 3 + 1, total)
+        tl.store(moments_ptr + program * 3 + 2, squares)
+
+
+@triton.jit
+def normalise_kernel(x_ptr, mask_ptr, moments_ptr, out_ptr, mask_stride, length, elements, eps: tl.float64, BLOCK: tl.constexpr):
+    """(x - mean) / sqrt(var + eps), 0 where masked; Bessel's variance, from the number, sum and sum of squares in ``moments_ptr``."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    valid = inside
+    if mask_ptr is not None:
+        valid = flag(mask_ptr, at // length * mask_stride + at % length, inside)
+    count, total, squares = tl.load(moments_ptr), tl.load(moments_ptr + 1), tl.load(moments_ptr + 2)
+    mean = total / tl.maximum(count, 1.0)
+    variance = tl.maximum(squares - total * mean, 0.0) / tl.maximum(count - 1.0, 1.0)
+    x = tl.load(x_ptr + at, mask=valid, other=0.0).to(DTYPE)
+    scale = (1.0 / tl.sqrt(variance + eps)).to(DTYPE)
+    tl.store(out_ptr + at, tl.where(valid, (x - mean.to(DTYPE)) * scale, 0.0), mask=inside)

@@ -15,6 +15,8 @@ from .losses import kl_penalty
 from .ops import groups, scan
 from .reference import sequence_of_token, to_tokens
 
+WHITEN_EPS = 1e-8
+
 
 def gae(
     rewards: Tensor,
@@ -29,6 +31,8 @@ def gae(
     terminated: Tensor | None = None,
     truncated: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    whitened: bool = False,
+    process_group: Any = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +57,10 @@ def gae(
         truncated: ``S``, non-zero where the episode was cut short after step t: A_{t+1} counts as 0, V_{t+1} is ``next_values[t]``, without
             ``next_values`` the next valid step's V (``last_values`` at the end). A step that is both has terminated.
         cu_seqlens: ``[sequences + 1]``, int32 or int64: where the packed sequences begin, and the number of tokens. None passes from one to another.
+        whitened: give the advantages with mean 0 and variance 1 over the mask, as :func:`whiten` would; the sums that this takes are gathered while
+            the advantages are made.
+        process_group: with ``whitened``, the ``torch.distributed`` group over whose ranks mean and variance are taken, by one all-reduce of three
+            numbers.
         validate: check that ``cu_seqlens`` rises from 0 to the number of tokens (one synchronisation on a GPU). Default: on the CPU, or with
             RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
@@ -64,7 +72,14 @@ def gae(
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
     """
     boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
-    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend)
+    if process_group is not None and not whitened:
+        raise ValueError("process_group is for whitened=True alone: advantages of ranks are otherwise independent")
+    advantages, returns, moments = _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_moments=whitened)
+    if whitened:
+        if process_group is not None:
+            dist.all_reduce(moments, group=process_group)
+        advantages = scan.normalise(advantages, mask, moments, WHITEN_EPS, choose_backend(backend, rewards))
+    return advantages, returns
 
 
 def td_lambda(
@@ -147,7 +162,8 @@ def vtrace(
     boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
     policies = (logprobs, old_logprobs, rho_clip, c_clip)
     required = ("values", "logprobs", "old_logprobs")
-    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies, required=required)
+    advantages, targets, _ = _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies, required=required)
+    return advantages, targets
 
 
 def _returns(
@@ -167,8 +183,9 @@ def _returns(
     *,
     policies: tuple[Tensor | None, Tensor | None, float, float] = (None, None, 1.0, 1.0),
     with_advantages: bool = True,
+    with_moments: bool = False,
     required: tuple[str, ...] = ("values",),
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Check everything and scan. ``policies``: log-probs, old log-probs and the clips of V-trace."""
     check_tensor("rewards", rewards, min_dim=1, dtypes=FLOATS)
     logprobs, old_logprobs, rho_clip, c_clip = policies
@@ -200,6 +217,7 @@ def _returns(
         check_number("c_clip", c_clip, above=0),
         masked == "decay",
         with_advantages,
+        with_moments,
         choose_validate(validate, rewards),
         choose_backend(backend, rewards),
     )
@@ -400,7 +418,7 @@ def whiten(
     x: Tensor,
     mask: Tensor | None = None,
     *,
-    eps: float = 1e-8,
+    eps: float = WHITEN_EPS,
     unbiased: bool = True,
     shift_mean: bool = True,
     eps_outside: bool = False,

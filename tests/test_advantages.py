@@ -200,16 +200,20 @@ def test_whiten_nothing_and_next_to_nothing(device):
 def _whiten_on_a_rank(rank: int, x: Tensor, mask: Tensor, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     white = rk.whiten(x[rank], mask[rank], process_group=dist.group.WORLD)
-    torch.save(white, f"{folder}/{rank}")
+    advantages, _ = rk.gae(x[rank], 0 * x[rank], gamma=0.0, lam=0.0, mask=mask[rank], whitened=True, process_group=dist.group.WORLD)  # A = r
+    torch.save((white, advantages), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
 def test_whiten_over_a_process_group(tmp_path):
     x, mask = torch.randn(2, 3, 5) + torch.tensor([0.0, 100.0])[:, None, None], torch.rand(2, 3, 5) > 0.3
     torch.multiprocessing.spawn(_whiten_on_a_rank, (x, mask, str(tmp_path)), nprocs=2)
-    ours = torch.stack([torch.load(tmp_path / str(rank)) for rank in range(2)])
+    ours, advantages = (torch.stack(parts) for parts in zip(*(torch.load(tmp_path / str(rank)) for rank in range(2)), strict=True))
     assert_accurate(ours, reference.whiten(x.double(), mask), eps=1e-6)
     assert torch.equal(ours, rk.whiten(x, mask))
+    assert_accurate(advantages, ours, eps=1e-6)
+    with pytest.raises(ValueError, match="process_group is for whitened=True"):
+        rk.gae(x[0], x[0], gamma=1.0, lam=1.0, process_group=object())
 
 
 def test_errors_of_whitening(device):

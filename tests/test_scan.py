@@ -388,16 +388,49 @@ def test_results_are_data(backend, device):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", ["none", "skip, all", "decay, all", "rates"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_whitened_is_whiten_of_the_advantages(case, dtype, backend, device):
+    options = {k: to(x, device) for k, x in in_dtype({"gamma": 0.97, "lam": 0.9, **BOUNDARIES[case]}, dtype).items()}
+    r, v = 100 + numbers(B, T, dtype=dtype).to(device), numbers(B, T, dtype=dtype).to(device)
+    advantages, returns = rk.gae(r, v, backend=backend, **options)
+    white, same = rk.gae(r, v, whitened=True, backend=backend, **options)
+    assert torch.equal(same, returns)
+    assert_accurate(white, reference.whiten(advantages.double(), options.get("mask")), eps=1e-10 if dtype == torch.float64 else 2e-6)
+
+
+def test_whitening_packed_tokens_and_few_long_rows(backend, device, monkeypatch):
+    r, v = numbers(1, 5000, dtype=torch.float32).to(device), numbers(1, 5000, dtype=torch.float32).to(device)
+    monkeypatch.setattr(ops, "multiprocessors", lambda x: 10**6)  # split in two launches on any device
+    white, _ = rk.gae(r, v, gamma=0.9, lam=0.9, whitened=True, backend=backend)
+    assert_accurate(white, reference.whiten(rk.gae(r, v, gamma=0.9, lam=0.9, backend="torch")[0].double()), eps=2e-6)
+    cu = torch.tensor([0, 7, 7, 60], device=device)
+    mask = some(60).to(device)
+    options = {"gamma": 0.9, "lam": 0.9, "cu_seqlens": cu, "mask": mask, "backend": backend}
+    white, _ = rk.gae(r[0, :60], v[0, :60], whitened=True, **options)
+    assert_accurate(white, reference.whiten(rk.gae(r[0, :60], v[0, :60], **options)[0].double(), mask), eps=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (1, 1)])
+def test_whitening_next_to_nothing(shape, backend, device):
+    x = torch.ones(shape, device=device)
+    white, _ = rk.gae(x, x, gamma=0.9, lam=0.9, whitened=True, backend=backend)
+    assert white.shape == shape
+    assert not white.any()
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_opcheck(backend, device):
     r, v, lp, old, final = (numbers(2, 9, dtype=torch.float32).to(device) for _ in range(5))
     flags = [some(2, 9).to(device) for _ in range(3)]
     rates = (0.9, 0.8, 1.0, 1.0, False)
     none = (None,) * 8
-    torch.library.opcheck(ops.lambda_returns, (r, v, lp, old, flags[0], final, *flags[1:], *(None,) * 4, *rates, True, True, backend))
-    torch.library.opcheck(ops.lambda_returns, (r, None, *none, None, None, *rates, False, True, backend))
+    torch.library.opcheck(ops.lambda_returns, (r, v, lp, old, flags[0], final, *flags[1:], *(None,) * 4, *rates, True, True, True, backend))
+    torch.library.opcheck(ops.lambda_returns, (r, None, *none, None, None, *rates, False, False, True, backend))
     cu_seqlens = torch.tensor([0, 4, 9], device=device)
     last = numbers(2, dtype=torch.float32).to(device)
-    torch.library.opcheck(ops.lambda_returns, (r[0], v[0], *none[:6], last, cu_seqlens, last, last, *rates, True, True, backend))
+    torch.library.opcheck(ops.lambda_returns, (r[0], v[0], *none[:6], last, cu_seqlens, last, last, *rates, True, True, True, backend))
+    torch.library.opcheck(ops.normalise, (r, flags[0], torch.tensor([18.0, 1.0, 20.0], dtype=torch.float64, device=device), 1e-8, backend))
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -181,6 +181,22 @@ def test_gae_moves_sixteen_bytes_an_element(steps):
     assert_at_floor(moved, size(rewards, values, *results))
 
 
+def test_whitening_costs_one_more_read_and_write():
+    rewards, values = torch.randn(2, 9, 500)
+    moved, results = measure(lambda: rk.gae(rewards, values, gamma=0.99, lam=0.95, whitened=True, backend="triton"))
+    assert moved.launches == 2
+    assert_at_floor(moved, size(rewards, values, *results) + 2 * size(results[0]))
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.2])
+def test_value_loss_reads_and_writes_each_tensor_once(clip_range):
+    values, old_values, returns = torch.randn(3, 4, 5000)
+    moved, _ = measure(lambda: rk.value_loss(values.requires_grad_(), old_values, returns, clip_range=clip_range, backend="triton"))
+    assert moved.launches == 1
+    sums = 4 * 10 * 8 * 8  # of each tile, in float64: written, and read by the program that arrives last
+    assert_at_floor(moved, size(values, returns, values) + (size(old_values) if clip_range else 0) + 2 * sums)
+
+
 # ---- the counter itself ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -67,18 +67,21 @@ def lambda_returns(
     c_clip: float,
     decay: bool,
     with_advantages: bool,
+    with_moments: bool,
     validate: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of the shape of the rewards; advantages are empty unless ``with_advantages``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages, returns, moments) of the shape of the rewards; advantages are empty unless ``with_advantages``; moments, float64, unless
+    ``with_moments``: number, sum and sum of squares of the advantages at valid steps.
 
     Without values V = 0; with log-probs the V-trace corrections; ``gammas`` and ``lams``, one for each sequence, take the place of the numbers.
     """
     if validate and cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=True)
     dtype = result_dtype(rewards, values)
+    moments = torch.zeros(3 if with_moments else 0, dtype=torch.float64, device=rewards.device)
     if rewards.numel() == 0:
-        return rewards.new_empty(rewards.shape if with_advantages else 0, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+        return rewards.new_empty(rewards.shape if with_advantages else 0, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype), moments
     steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
     sequences = (last_values, cu_seqlens, gammas, lams)
     run = _triton if backend == "triton" else _torch
@@ -89,15 +92,53 @@ def lambda_returns(
         decay,
         with_advantages,
         dtype,
+        moments,
     )
-    return returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape)
+    return returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), moments
 
 
 @lambda_returns.register_fake
-def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor]:
+def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     returns = rewards.new_empty(rewards.shape, dtype=result_dtype(rewards, values))
-    with_advantages = args[-3]
-    return torch.empty_like(returns) if with_advantages else returns.new_empty(0), returns
+    with_advantages, with_moments = args[-4:-2]
+    moments = rewards.new_empty(3 if with_moments else 0, dtype=torch.float64)
+    return torch.empty_like(returns) if with_advantages else returns.new_empty(0), returns, moments
+
+
+@torch.library.custom_op("rlkern::normalise", mutates_args=())
+def normalise(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: float, backend: str) -> Tensor:
+    """(A - mean) / sqrt(var + eps) of contiguous advantages, 0 where masked; Bessel's variance, from the moments of :func:`lambda_returns`."""
+    out = torch.empty_like(advantages)
+    if advantages.numel() == 0:
+        return out
+    if backend == "triton":
+        from ..kernels import scan as kernels
+
+        flags = None if mask is None else _rows(mask)
+        with device_of(out):
+            kernels.normalise_kernel[(-(-out.numel() // NORMALISED),)](
+                advantages,
+                flags.view(torch.uint8) if flags is not None and flags.dtype == torch.bool else flags,
+                moments,
+                out,
+                0 if flags is None else flags.stride(0),
+                out.shape[-1],
+                out.numel(),
+                eps,
+                BLOCK=NORMALISED,
+                num_warps=4,
+            )
+        return out
+    count, total, squares = moments.unbind()
+    mean = total / count.clamp(min=1)
+    scale = ((squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1) + eps).rsqrt()
+    torch.sub(advantages, mean.to(out.dtype), out=out).mul_(scale.to(out.dtype))
+    return out if mask is None else out.masked_fill_(mask == 0, 0)
+
+
+@normalise.register_fake
+def _(advantages: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(advantages)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -107,6 +148,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
+
+NORMALISED = 1024  # elements a program
 
 
 @dataclass(frozen=True)
@@ -126,7 +169,7 @@ class TileConfig:
 
 
 def _triton(
-    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype
+    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype, moments: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     from ..kernels import scan as kernels
 
@@ -146,15 +189,18 @@ def _triton(
     split = one_number and mean_length >= 8 * tile and rows < multiprocessors(returns)
     chunks = -(-steps.rewards.shape[1] // tile) if split else 1
     summary = returns.new_empty(rows, chunks, 2) if split else None
+    programs = -(-rows // config.rows) * chunks
+    partial = moments.new_empty(programs, 3) if len(moments) else None
     with device_of(returns):
         for summarise in (False,) if summary is None else (True, False):
-            kernels.lambda_returns_kernel[(-(-rows // config.rows) * chunks,)](
+            kernels.lambda_returns_kernel[(programs,)](
                 *(x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in steps),
                 *strides,
                 *sequences,
                 advantages,
                 returns,
                 summary,
+                partial,
                 rows,
                 length,
                 chunks,
@@ -166,6 +212,8 @@ def _triton(
                 SUMMARISE=summarise,
                 num_warps=config.warps,
             )
+    if partial is not None:
+        moments.copy_(partial.sum(0))
     return advantages, returns
 
 
@@ -245,7 +293,7 @@ def _valid_last(valid: Tensor) -> Tensor:
 
 
 def _torch(
-    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype
+    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype, moments: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """As the kernel, over whole tensors; packed tokens are one row, cut at the ends of its sequences.
 
@@ -304,11 +352,19 @@ def _torch(
         f = torch.where(cut, r.new_zeros(()), f)
     if logprobs is None or old_logprobs is None:
         y = reverse_scan_(f, ((g - f) * v_next).add_(r))
-        return finish(y - v) if with_advantages else None, finish(y)
-    ratio = torch.exp(load(logprobs) - load(old_logprobs))
-    rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
-    y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
-    y_next = torch.cat([y[:, 1:], y.new_zeros(rows, 1)], 1)
-    for cut in cuts:
-        y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
-    return finish(rho * (r + (g - f) * v_next + f * y_next - v)), finish(y)
+        advantages = y - v if with_advantages else None
+    else:
+        ratio = torch.exp(load(logprobs) - load(old_logprobs))
+        rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
+        y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
+        y_next = torch.cat([y[:, 1:], y.new_zeros(rows, 1)], 1)
+        for cut in cuts:
+            y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
+        advantages = rho * (r + (g - f) * v_next + f * y_next - v)
+    if advantages is not None:
+        advantages = finish(advantages)
+        if len(moments):
+            wide = advantages.double()
+            count = wide.new_full((), wide.numel()) if valid is None else valid.sum(dtype=torch.float64)
+            moments.copy_(torch.stack([count, wide.sum(), wide.square().sum()]))
+    return advantages, finish(y)
