@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "grpo": "train a language model by GRPO on prompts and a reward function; without arguments, a built-in task",
+    "ppo": "train a language model by PPO, with a critic, on prompts and a reward model or function; without arguments, the built-in task",
     "reward": "train a reward model on preferences between answers; without arguments, those of the built-in task",
 }
 USAGE = "usage: rlkern <command> [--help] [settings]\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())

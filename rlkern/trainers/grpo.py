@@ -87,7 +87,7 @@ class GRPO(PolicyRun):
         losses, norms, sums = [], [], []
         for _ in range(args.epochs):
             for minibatch in torch.randperm(len(rows)).to(self.device).chunk(args.minibatches):
-                normalizer = self.normalizer(config, lengths[minibatch])
+                normalizer = self.normalizer(lengths[minibatch], config.aggregation)
                 parts = minibatch.split(args.micro_batch_size or len(rows))
                 for part in parts:
                     with nullcontext() if part is parts[-1] else accelerator.no_sync(self.policy):

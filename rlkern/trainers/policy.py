@@ -106,9 +106,9 @@ class PolicyRun(Run):
         """Log-probs of the completions' tokens, [N, T], as data."""
         return self.frozen(lambda rows: rk.linear_token_logprobs(**self.scored(model, rows)), batch)
 
-    def normalizer(self, config: rk.PolicyLossConfig, lengths: Tensor) -> Tensor:
+    def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""
-        count = lengths.sum() if config.aggregation == "token-mean" else torch.tensor(len(lengths), device=self.device)
+        count = lengths.sum() if aggregation == "token-mean" else torch.tensor(len(lengths), device=self.device)
         return self.accelerator.reduce(count, "sum")
 
     def descend(self, model: Any, optimizer: Any) -> Tensor:

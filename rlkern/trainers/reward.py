@@ -71,8 +71,10 @@ class RewardRun(runs.Run):
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_scorer(args.model, getattr(torch, args.dtype), self.tokenizer)
         longest = getattr(self.model.config, "max_position_embeddings", None)
+        self.tokens: dict[str, list[list[int]]] = {}  # of each row, by its place: every answer, the best first, with the prompt before it
         for row in (*self.rows, *self.held_out):
-            for answer, tokens in zip(row.answers, self.tokens(row), strict=True):
+            self.tokens[row.place] = [answer_tokens(self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
+            for answer, tokens in zip(row.answers, self.tokens[row.place], strict=True):
                 if longest is not None and len(tokens) > longest:
                     raise InputError(f"{row.place}: prompt and answer {answer[:30]!r} are {len(tokens)} tokens, more than the model's {longest}")
         if args.gradient_checkpointing:
@@ -81,13 +83,9 @@ class RewardRun(runs.Run):
         self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.keep_settings()
 
-    def tokens(self, row: Preference) -> list[list[int]]:
-        """Each answer of the row, the best first, with the prompt before it."""
-        return [answer_tokens(self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
-
     def loss(self, rows: Sequence[Preference]) -> rk.LossOutput:
         """The loss of these rows, with accuracy and margin: the mean over their pairs."""
-        score = scores(self.scorer, [tokens for row in rows for tokens in self.tokens(row)], self.device).view(len(rows), -1)
+        score = scores(self.scorer, [tokens for row in rows for tokens in self.tokens[row.place]], self.device).view(len(rows), -1)
         if score.shape[1] > 2:
             return rk.ranking_loss(score)
         return rk.preference_loss(*score.unbind(1), margin=torch.tensor([row.margin for row in rows], device=self.device))

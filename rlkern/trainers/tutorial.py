@@ -32,7 +32,7 @@ WARM_UP_STEPS = 600
 WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
 PREFERENCES = 4  # pairs of answers to each question
-# What the built-in task sets where the user sets nothing: for GRPO, and for a reward model.
+# What the built-in task sets where the user sets nothing: for GRPO, for PPO, and for a reward model.
 SETTINGS = {
     "steps": 100,
     "prompts_per_step": 32,
@@ -42,6 +42,22 @@ SETTINGS = {
     "epochs": 2,
     "minibatches": 2,
     "learning_rate": 3e-4,
+    "lr_schedule": "linear",
+    "lr_warmup_steps": 5,
+    "adam_beta2": 0.98,
+    "eval_every": 25,
+    "eval_samples": 4,
+    "save_every": 25,
+}
+PPO_SETTINGS = {
+    "steps": 100,
+    "prompts_per_step": 256,
+    "max_new_tokens": 10,
+    "kl_coef": 0.01,
+    "epochs": 2,
+    "minibatches": 2,
+    "learning_rate": 3e-4,
+    "critic_learning_rate": 1e-3,
     "lr_schedule": "linear",
     "lr_warmup_steps": 5,
     "adam_beta2": 0.98,

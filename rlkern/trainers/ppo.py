@@ -1,0 +1,266 @@
+"""PPO with a critic, as RLHF has it: from prompts and a reward model or function to a trained model.
+
+Each step: sample completions, score them, and take from the rewards, token by token, the KL divergence from the initial model; estimate by a critic
+how much better each token was than expected (GAE), whiten that, and take a few clipped gradient steps on the policy and on the critic (PPO, arXiv
+1707.06347; for language models Ziegler et al., arXiv 1909.08593, and InstructGPT, arXiv 2203.02155). The parts are rlkern's: log-probs and policy
+loss from the last hidden states, so that training builds no logits (``rk.linear_token_logprobs``, ``rk.fused_linear_policy_loss``),
+``rk.shaped_rewards``, ``rk.gae``, ``rk.whiten``, ``rk.value_loss``.
+
+The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
+the steps with its log and its checkpoints in runs.py.
+
+Left out, to keep it readable: sampling by a separate engine (vLLM, SGLang), sharded models (FSDP, DeepSpeed; data parallelism works), LoRA, a
+trunk that policy and critic share, tools and several turns, asynchronous rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import rlkern as rk
+from rlkern.trainers import runs, tutorial
+from rlkern.trainers.arguments import option
+from rlkern.trainers.errors import InputError
+from rlkern.trainers.policy import PolicyRun
+from rlkern.trainers.rollout import Completions, load_scorer
+from rlkern.trainers.settings import PolicyArguments
+
+POLICY_METRICS = ("clip_fraction", "approx_kl", "entropy", "ratio_mean")
+
+
+@dataclass(kw_only=True)
+class PPOArguments(PolicyArguments):
+    """Settings of ``rlkern ppo``. Without model, data and reward, the built-in task of :mod:`rlkern.trainers.tutorial` is trained."""
+
+    prompts_per_step: int = option(64, "prompts a step, over all processes")
+    samples_per_prompt: int = option(1, "completions a prompt")
+    epochs: int = option(4, "passes over a batch")
+    # Objective
+    loss: str = option("ppo", "preset of rlkern.PolicyLossConfig", choices=("ppo", "dapo", "cispo", "sapo", "dppo", "reinforce"))
+    kl_coef: float = option(0.05, "weight of the KL divergence from the initial model in the rewards; at first, with kl_target")
+    kl_estimator: str = option("k1", "estimator of that KL", choices=("k1", "abs", "k2", "k3"))
+    kl_target: float | None = option(None, "adapt kl_coef so that the KL, in nats a token, comes to this")
+    kl_horizon: int = option(10000, "completions in which kl_coef may about double or halve")
+    truncated: str | None = option(
+        None,
+        "what a completion that max_new_tokens cut off gets: the critic's value of what was to follow, or its score; without a critic: score",
+        choices=("bootstrap", "score"),
+    )
+    gamma: float = option(1.0, "discount of a token")
+    lam: float = option(0.95, "of GAE: 0 trusts the critic, 1 the rewards")
+    whiten: bool = option(True, "scale the advantages of a batch to mean 0 and standard deviation 1")
+    # Critic
+    baseline: str = option("critic", "what is subtracted from the returns; none: no critic, and lam does not act", choices=("critic", "none"))
+    critic: str | None = option(None, "what the critic starts from, a reward model, say: directory or name; by default the model with a new head")
+    critic_learning_rate: float | None = option(None, "of the critic's AdamW, at its peak; by default learning_rate")
+    value_clip: float | None = option(0.2, "how far an update may move a value; none: no clip")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gamma", "lam")
+        self.require("at least 0", lambda x: 0 <= x < math.inf, "kl_coef")
+        self.require("at least 1", lambda x: x >= 1, "kl_horizon")
+        self.require("above 0", lambda x: x is None or 0 < x < math.inf, "kl_target", "critic_learning_rate", "value_clip")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise InputError("kl_target adapts kl_coef, which must be above 0 to start from", field="kl_target")
+        if self.baseline == "none" and self.truncated == "bootstrap":
+            raise InputError("without a critic there is no value to bootstrap from", field="truncated")
+
+
+class Critic(nn.Module):
+    """The value of every state by a sequence-classification model with one output, [batch, time], float32. Parameters are the model's own."""
+
+    def __init__(self, model: nn.Module, name: str):
+        super().__init__()
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise InputError(f"{name}: {type(model).__name__} has no linear head `score` over its states; expected a decoder", field="critic")
+        self.model: Any = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return self.model.score(self.model.base_model(**inputs).last_hidden_state).squeeze(-1).float()
+
+
+class KLController:
+    """The coefficient of the KL divergence, fixed or drawn towards a target (Ziegler et al., section 2.2). Part of a checkpoint."""
+
+    def __init__(self, coef: float, target: float | None, horizon: int):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, completions: int) -> None:
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= max(0.0, 1 + error * completions / self.horizon)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]
+
+
+class Experience(NamedTuple):
+    """What a step learns from: completions, and of each of their tokens [N, T]:"""
+
+    batch: Completions
+    old: Tensor  #: log-prob under the policy that sampled it
+    values: Tensor  #: the critic's, of the state before it
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> Experience:
+        return Experience(self.batch.rows(index), self.old[index], self.values[index], self.advantages[index], self.returns[index])
+
+
+class PPO(PolicyRun):
+    """A run, and its training step."""
+
+    name, title = "ppo", "PPO"
+    args: PPOArguments
+
+    def __init__(self, args: PPOArguments):
+        super().__init__(args)
+        args, source = self.args, self.args.critic or self.args.model
+        assert source is not None
+        self.critic: Any = None
+        self.critic_optimizer: Any = None
+        if args.baseline == "critic":
+            model = load_scorer(source, getattr(torch, args.dtype), self.sample.tokenizer, field="critic" if args.critic else "model")
+            if args.gradient_checkpointing:
+                model.gradient_checkpointing_enable()
+            critic = Critic(model, source)
+            optimizer = self.adamw(critic, args.critic_learning_rate or args.learning_rate)
+            self.critic, self.critic_optimizer = self.accelerator.prepare(critic, optimizer)
+        self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.accelerator.register_for_checkpointing(self.kl)
+        self.keep_settings()
+
+    def values(self, batch: Completions) -> Tensor:
+        """The critic's value of the state before each token of the completions, and of that after the last: [N, T + 1]."""
+        return self.critic(**self.inputs(batch))[:, -batch.mask.shape[1] - 1 :]
+
+    def experience(self, batch: Completions, rewards: Tensor) -> tuple[Experience, dict[str, Tensor]]:
+        """Log-probs, values, rewards per token and advantages of what was sampled; and what is to be reported of them, means over the processes."""
+        args, mask = self.args, batch.mask
+        old = self.frozen_logprobs(self.policy, batch)
+        ref = self.frozen_logprobs(self.reference, batch) if self.reference is not None else old
+        values = self.frozen(self.values, batch) if self.critic is not None else old.new_zeros(len(old), old.shape[1] + 1)
+
+        # The score belongs to the last token. A completion that was cut off has not earned it yet: what the critic expects stands in for it.
+        ended, bootstrap = self.sample.ended(batch), self.critic is not None and args.truncated != "score"
+        scores = rewards.where(ended, 0.0) if bootstrap else rewards
+        shaped = rk.shaped_rewards(scores, old, ref, mask=mask, kl_coef=self.kl.coef, kl_estimator=args.kl_estimator)
+        last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & (mask != 0)
+        cut = last & ~ended[:, None] & bootstrap
+        values, next_values = values[:, :-1], values[:, 1:]
+        lam = args.lam if self.critic is not None else 1.0
+        advantages, returns = rk.gae(
+            shaped, values, gamma=args.gamma, lam=lam, mask=mask, next_values=next_values, truncated=cut, terminated=last & ~cut
+        )
+        if args.whiten:
+            everyone = torch.distributed.group.WORLD if self.world > 1 else None
+            advantages = rk.whiten(advantages, mask, process_group=everyone)
+
+        kl = rk.kl_penalty(old, ref, args.kl_estimator, mask=mask).sum() / mask.sum()
+        fit = rk.value_loss(values, None, returns, mask=mask).metrics
+        report = {"return": fit["return_mean"], "truncated": (~ended).float().mean()}
+        report |= {} if self.reference is None else {"kl": kl}
+        report |= {} if self.critic is None else {"explained_variance": fit["explained_variance"]}
+        return Experience(batch, old, values, advantages, returns), report
+
+    def losses(self, now: Experience, tokens: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of the policy's and the critic's loss to theirs; both losses, and metrics summed over the tokens."""
+        out = rk.fused_linear_policy_loss(
+            **self.scored(self.policy, now.batch),
+            old_logprobs=now.old,
+            advantages=now.advantages,
+            normalizer=normalizer,
+            config=self.args.loss_config(),
+        )
+        self.accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+        losses, metrics = [out.loss.detach()], [out.metrics[name] for name in POLICY_METRICS]
+        if self.critic is not None:
+            values = self.values(now.batch)[:, :-1]
+            fit = rk.value_loss(values, now.values, now.returns, mask=now.batch.mask, clip_range=self.args.value_clip, normalizer=tokens)
+            self.accelerator.backward(fit.loss * self.world)
+            losses.append(fit.loss.detach())
+            metrics.append(fit.metrics["clip_fraction"])
+        return torch.stack(losses), torch.stack(metrics) * now.batch.mask.sum()
+
+    def step(self, step: int) -> dict[str, float]:
+        args, accelerator = self.args, self.accelerator
+        factor = args.learning_rate_factor(step)
+        trained = {"grad_norm": (self.policy, self.optimizer, args.learning_rate)}
+        if self.critic is not None:
+            trained["critic_grad_norm"] = self.critic, self.critic_optimizer, args.critic_learning_rate or args.learning_rate
+        for _, optimizer, learning_rate in trained.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+
+        # 1. Sample completions and score them; every process takes its share of the prompts.
+        rows, batch, texts = self.rollout(step)
+        rewards, each = self.total_rewards(self.rewards, rows, texts)
+        lengths = batch.mask.sum(1)
+
+        # 2. Compare each token with what the critic expected.
+        experience, report = self.experience(batch, rewards)
+
+        # 3. A few clipped gradient steps, on the policy and on the critic.
+        losses: list[Tensor] = []
+        sums: list[Tensor] = []
+        norms: dict[str, list[Tensor]] = {name: [] for name in trained}
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(rows)).to(self.device).chunk(args.minibatches):
+                tokens = self.normalizer(lengths[minibatch], "token-mean")
+                normalizer = self.normalizer(lengths[minibatch], args.loss_config().aggregation)
+                parts = minibatch.split(args.micro_batch_size or len(rows))
+                for part in parts:
+                    with ExitStack() as stack:
+                        for model, _, _ in trained.values() if part is not parts[-1] else ():
+                            stack.enter_context(accelerator.no_sync(model))
+                        loss, metrics = self.losses(experience.rows(part), tokens, normalizer)
+                    losses.append(loss)
+                    sums.append(metrics)
+                for name, (model, optimizer, _) in trained.items():
+                    norms[name].append(self.descend(model, optimizer))
+
+        # 4. Report.
+        own = {"reward": rewards.mean(), "reward_std": rewards.std(), "completion_tokens": lengths.float().mean(), **report}
+        own |= {name: rewards.new_tensor(mean) for name, mean in each.items()}
+        numbers = dict(zip(own, accelerator.reduce(torch.stack([x.float() for x in own.values()]), "mean").tolist(), strict=True))
+        updates = args.epochs * args.minibatches
+        totals = accelerator.reduce(torch.stack(sums).sum(0) / accelerator.reduce(lengths.sum() * args.epochs, "sum"), "sum").tolist()
+        numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
+        numbers |= dict(zip(("loss", "value_loss"), (accelerator.reduce(torch.stack(losses).sum(0), "sum") / updates).tolist(), strict=False))
+        numbers |= {name: torch.stack(of).mean().item() for name, of in norms.items()}
+        numbers |= {"kl_coef": self.kl.coef, "learning_rate": args.learning_rate * factor}
+        if self.reference is not None:
+            self.kl.update(numbers["kl"], args.prompts_per_step * args.samples_per_prompt)
+        if numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score":
+            tqdm.write(f"step {step + 1}: every completion was cut off at max_new_tokens, so that no reward was learned from")
+        return numbers
+
+    def save(self, rows: list[dict[str, Any]]) -> None:
+        super().save(rows)
+        if self.critic is not None:
+            critic = self.accelerator.unwrap_model(self.critic).model
+            critic.save_pretrained(self.directory / "critic")
+            self.sample.tokenizer.save_pretrained(self.directory / "critic")
+
+
+def train(args: PPOArguments) -> dict[str, Any]:
+    """The whole run; gives what summary.json holds. InputError where what the user gave cannot be used."""
+    return runs.train(PPO, args)
+
+
+def main(argv: Sequence[str]) -> None:
+    """``rlkern ppo``."""
+    inputs = ("model", "data", "reward")
+    runs.command(PPO, PPOArguments, argv, train, description=str(__doc__), built_in=tutorial.PPO_SETTINGS, given_by_user=inputs)
