@@ -1,6 +1,7 @@
 """TRL's trainers with rlkern: the same losses, metrics and gradients for every option, the same training runs; and what is refused."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -449,3 +450,29 @@ def test_more_exact_in_bfloat16():
         mine, theirs = (error(getattr(m, name)(logits, *inputs), exact) for m in (ours, trl_utils))
         assert mine < 1e-5, name
         assert theirs > 1e-2, name
+
+
+def test_sharded_by_fsdp2(tmp_path):
+    """A head that FSDP2 shards is gathered, and gets its gradient back."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        runs = []
+        for enabled in (False, True):
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=44, **LLAMA))
+            trl_utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
+            if enabled:
+                ours.Enabled(SimpleNamespace(model=model, args=SimpleNamespace(temperature=0.8)), fuse_loss=False)
+            for part in (*model.model.layers, model.lm_head, model) if enabled else ():
+                distributed.fsdp.fully_shard(part, mesh=mesh)
+            ids = torch.arange(20).reshape(2, 10)
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+            (out.log_probs.sum() + out.entropy.square().sum()).backward()
+            runs.append((out.log_probs, {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters()}))
+    finally:
+        distributed.destroy_process_group()
+    assert_accurate(runs[1][0], runs[0][0], eps=1e-5)
+    for name, expected in runs[0][1].items():
+        assert_accurate(runs[1][1][name], expected, eps=1e-5)
