@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from runs import Killed, assert_same_run, die_at, fresh_accelerate, save_tiny_model, train_and_kill  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import rlkern as rk
@@ -30,21 +28,11 @@ def short(completions):
 """
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A model that knows nothing, prompts of several lengths, and rewards."""
     directory = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    tokenizer = tutorial.build_tokenizer()
-    tutorial.build_model(tokenizer, width=16, layers=1, heads=2).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_tiny_model(directory / "model")
     lines = [json.dumps({"prompt": tutorial.question(a, b), "answer": str(a + b)}) for a, b in [(1, 2), (13, 4), (7, 22), (11, 30), (5, 5), (29, 6)]]
     (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
     (directory / "rewards.py").write_text(REWARDS)
@@ -225,35 +213,12 @@ def test_a_second_run_needs_a_directory_of_its_own(files, tmp_path, monkeypatch)
 # ---- Resuming -------------------------------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(scope="module")
 def unbroken(files, tmp_path_factory) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("unbroken") / "run"
     train(settings(files, output, eval_every=3))
     return output
-
-
-def same_run(one: Path, other: Path) -> None:
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    weights, others = (AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (one, other))
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-def die_at(monkeypatch, target, name: str, count: int) -> None:
-    """The ``count``-th call of ``target.name`` raises instead."""
-    original, calls = getattr(target, name), [0]
-
-    def dying(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == count:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(target, name, dying)
 
 
 @pytest.mark.parametrize(
@@ -272,34 +237,14 @@ def test_a_killed_run_resumes_to_the_same_numbers(files, tmp_path, unbroken, mon
         with pytest.raises(Killed):
             train(settings(files, tmp_path / "run", eval_every=3))
     train(settings(files, tmp_path / "run", eval_every=3, resume=True))
-    same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_a_process_killed_while_it_writes_a_checkpoint_resumes_to_the_same_numbers(files, tmp_path, unbroken):
-    """A real SIGKILL, with half a checkpoint and half a line of the log on the disk."""
-    script = f"""
-        import os, signal, torch
-        torch.set_num_threads({torch.get_num_threads()})
-        from accelerate import Accelerator
-        from rlkern.trainers.grpo import GRPOArguments, train
-        save, calls = Accelerator.save_state, []
-        def dying(self, path, *args, **kwargs):
-            calls.append(path)
-            if len(calls) == 2:
-                os.makedirs(path)
-                open(path + "/model.safetensors", "wb").write(b"half")
-                open({str(tmp_path / "run" / "metrics.jsonl")!r}, "a").write('{{"step": 5, "rew')
-                os.kill(os.getpid(), signal.SIGKILL)
-            return save(self, path, *args, **kwargs)
-        Accelerator.save_state = dying
-        train({settings(files, tmp_path / "run", eval_every=3)!r})
-    """
-    environment = {**os.environ, "PYTHONPATH": str(Path(grpo.__file__).parents[2])}
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == -9, process.stderr
-    assert (tmp_path / "run" / "checkpoints" / "part").exists()
+    arguments = settings(files, tmp_path / "run", eval_every=3)
+    train_and_kill(f"from rlkern.trainers.grpo import GRPOArguments, train; train({arguments!r})", tmp_path / "run")
     train(settings(files, tmp_path / "run", eval_every=3, resume=True))
-    same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_a_finished_run_can_go_on(files, tmp_path, unbroken):

@@ -1,0 +1,82 @@
+"""What the trainers' tests share: a tiny model, runs that die, and the comparison of a resumed run with one that did not."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from rlkern.trainers import tutorial
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def save_tiny_model(directory: Path) -> None:
+    """A model that knows nothing, with the tutorial's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tutorial.build_tokenizer()
+    tutorial.build_model(tokenizer, width=16, layers=1, heads=2).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_at(monkeypatch, target, name: str, count: int) -> None:
+    """The ``count``-th call of ``target.name`` raises instead."""
+    original, calls = getattr(target, name), [0]
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, dying)
+
+
+def train_and_kill(command: str, output: Path, *, checkpoint: int = 2) -> None:
+    """Run Python code that trains into ``output``, and SIGKILL it with half a checkpoint and half a line of the log on the disk."""
+    script = f"""
+        import os, signal, torch
+        torch.set_num_threads({torch.get_num_threads()})
+        from accelerate import Accelerator
+        save, calls = Accelerator.save_state, []
+        def dying(self, path, *args, **kwargs):
+            calls.append(path)
+            if len(calls) == {checkpoint}:
+                os.makedirs(path)
+                open(path + "/model.safetensors", "wb").write(b"half")
+                open({str(output / "metrics.jsonl")!r}, "a").write('{{"step": 5, "rew')
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save(self, path, *args, **kwargs)
+        Accelerator.save_state = dying
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    code = textwrap.dedent(script) + command
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (output / "checkpoints" / "part").exists()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same log to the last byte, and the same models."""
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    files = sorted(path.relative_to(one) for path in one.glob("*/*.safetensors"))
+    assert files
+    for file in files:
+        weights, others = (load_file(path / file) for path in (one, other))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
