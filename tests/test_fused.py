@@ -565,3 +565,13 @@ def test_bad_arguments_are_named(options, error, message):
 def test_inplace_needs_memory_of_its_own():
     with pytest.raises(ValueError, match="inplace=True needs logits whose elements do not share memory"):
         rk.fused_policy_loss(torch.zeros(1, 1, 5).expand(2, 3, 5), IDS, TOKENS, TOKENS, inplace=True)
+
+
+def test_clipped_rows_have_no_gradient_where_all_rows_are_live():
+    """They are left out of the products, and what memory held before must not stand in for their zeros."""
+    hidden, weight = torch.randn(2, 8, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    ids = torch.randint(5, (2, 8))
+    old = rk.linear_token_logprobs(hidden, weight, ids).detach() - torch.tensor([0.0, 1.0]).repeat(8).view(2, 8)  # every second ratio is e
+    rk.fused_linear_policy_loss(hidden, weight, ids, old, torch.ones(2), mask=torch.ones(2, 8)).loss.backward()
+    assert (hidden.grad[:, 1::2] == 0).all()
+    assert (hidden.grad[:, ::2].abs().amax(-1) > 0).all()

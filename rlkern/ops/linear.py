@@ -442,6 +442,8 @@ def gradients_in_forward(
     per_row = rows_at(index, ids, live, temperature, scale, cap, backend)
     out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     gradients = Gradients(head, *needs)
+    if compact:  # chunks leave rows out, also where all are live
+        gradients.hidden.zero_()
     for at in head.chunks():
         h, logits = head.forward(at)
         here, statistics, where = per_row.at(at), out.at(at), head.where(at)
