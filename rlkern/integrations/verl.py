@@ -15,7 +15,8 @@ from torch import Tensor
 
 import rlkern as rk
 from rlkern import reference
-from rlkern.losses import token_weights
+
+from ._tokens import aggregate, masked_mean
 
 MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo")
 _AGGREGATIONS = {mode: mode for mode in ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")} | {"token-sum": "sum"}
@@ -60,7 +61,7 @@ def policy_loss_fn(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
         if mode == "geo_mean":  # a mean over all sequences, with one weight for each: the geometric mean of its tokens'
             normalizer: Any = len(log_prob)
             if rollout_is_weights is not None:
-                rollout_is_weights = _mean((rollout_is_weights + 1e-10).log(), response_mask, 1).exp()
+                rollout_is_weights = masked_mean((rollout_is_weights + 1e-10).log(), response_mask, 1).exp()
         else:
             normalizer = _normalizer(options.aggregation, **config.global_batch_info)
         out = rk.policy_loss(
@@ -124,10 +125,7 @@ def agg_loss(
         raise ValueError(f"loss_agg_mode must be one of {', '.join(map(repr, _AGGREGATIONS))}; got {loss_agg_mode!r}")
     aggregation = _AGGREGATIONS[loss_agg_mode]
     normalizer = _normalizer(aggregation, dp_size, batch_num_tokens, global_batch_size)
-    mask = loss_mask != 0
-    options = {"max_length": loss_scale_factor, "cu_seqlens": None, "validate": None}
-    weights = token_weights(mask, aggregation, loss_mat.dtype, normalizer=normalizer, **options)  # type: ignore[arg-type]
-    return (weights * torch.where(mask, loss_mat, 0.0)).sum()
+    return aggregate(loss_mat, loss_mask, aggregation, normalizer=normalizer, max_length=loss_scale_factor)
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
@@ -240,11 +238,6 @@ def _normalizer(
     return None if count is None else count / dp_size
 
 
-def _mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    valid = mask != 0
-    return torch.where(valid, x.to(torch.float32), 0.0).sum(dim) / valid.sum(dim).clamp(min=1)
-
-
 @torch.no_grad()
 def _metrics(
     mode: str, c: rk.PolicyLossConfig, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, mask: Tensor, metrics: dict[str, Tensor]
@@ -255,18 +248,18 @@ def _metrics(
     log_ratio = log_prob - old_log_prob
     if c.log_ratio_clamp == 20.0:
         log_ratio = log_ratio.clamp(-20.0, 20.0)
-    kl = {"actor/ppo_kl": _mean(-log_ratio, mask)}
+    kl = {"actor/ppo_kl": masked_mean(-log_ratio, mask)}
     if mode == "dro":
         return kl
     above, below = metrics["clip_fraction"], metrics["dual_clip_fraction"]
     low, high = c.clip_low or 0.0, c.clip_high or 0.0
     if mode == "cispo":  # whatever the sign of the advantage
         ratio = log_ratio.exp()
-        above = _mean((ratio < 1 - low) | (ratio > 1 + high), mask)
+        above = masked_mean((ratio < 1 - low) | (ratio > 1 + high), mask)
     elif mode == "geo_mean":  # either bound, by the sign of the advantage
         outside = (log_ratio < -low) | (log_ratio > high)
-        above, below = _mean(outside & (advantages > 0), mask), _mean(outside & (advantages < 0), mask)
+        above, below = masked_mean(outside & (advantages > 0), mask), masked_mean(outside & (advantages < 0), mask)
     elif mode in ("dppo_tv", "dppo_kl"):  # of the tokens kept, those whose ratio was capped
         dropped_low, dropped_high = reference.dppo_dropped(log_prob, old_log_prob, advantages, c)
-        below = _mean((log_ratio.exp() > (c.ratio_cap or math.inf)) & ~dropped_low & ~dropped_high, mask)
+        below = masked_mean((log_ratio.exp() > (c.ratio_cap or math.inf)) & ~dropped_low & ~dropped_high, mask)
     return {"actor/pg_clipfrac": above, **kl, "actor/pg_clipfrac_lower": below}
