@@ -98,21 +98,13 @@ def preferences(pairs: list[tuple[int, int]], seed: int) -> list[dict[str, str]]
     draw = random.Random(f"preferences/{seed}")
     rows = []
     for a, b in pairs:
-        asked, right = question(a, b), a + b
+        asked, right = question(a, b), str(a + b)
         for _ in range(PREFERENCES):
-            near = draw.choice([n for d in (1, 2, 10, draw.randint(3, 2 * LARGEST)) for n in (right - d, right + d) if n >= 0])
-            other = draw.randint(0, LARGEST)
-            wrong = [
-                f"{near}",
-                f"{a} + {b} = {near}",
-                f"{a} + {b}",
-                f"{a} + {other} = {a + other}",
-                f"{a} + {b} = {right} = {right}",
-                f"{right}{near % 10}",
-            ]
-            answers = [f"{a} + {b} = {right}", f"{right}", draw.choice(wrong[:2]), draw.choice(wrong)]
-            score = dict(zip(answers, reward([asked] * 4, answers, [str(right)] * 4), strict=True))
-            better, worse = draw.choice([(x, y) for x in score for y in score if score[x] > score[y]])
+            slip = draw.choice([n for n in range(2 * LARGEST + 1) if n != a + b])
+            wrong = draw.choice([f"{slip}", f"{a} + {b} = {slip}", f"{a} + {b}", f"{right}{slip % 10}", f"{a} + {slip} = {right}"])
+            answers = [f"{a} + {b} = {right}", right, wrong]
+            scores = dict(zip(answers, reward([asked] * 3, answers, [right] * 3), strict=True))
+            better, worse = draw.choice([(x, y) for x in scores for y in scores if scores[x] > scores[y]])
             rows.append({"prompt": asked, "chosen": better, "rejected": worse})
     return rows
 
