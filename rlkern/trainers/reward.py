@@ -13,6 +13,7 @@ Left out, to keep it readable: sharded models (FSDP, DeepSpeed; data parallelism
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from tqdm import tqdm
 import rlkern as rk
 from rlkern.trainers import runs, tutorial
 from rlkern.trainers.arguments import option
-from rlkern.trainers.data import Preference, batch_at, read_preferences, split
+from rlkern.trainers.data import Preference, Row, batch_at, read_preferences, split
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.rewards import Reward, RewardModel, total
 from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
 from rlkern.trainers.settings import RunArguments
 
@@ -150,6 +152,59 @@ class RewardRun(runs.Run):
         self.tokenizer.save_pretrained(self.directory / "model")
         label = "share of pairs in the right order"
         runs.plot_curve(rows, self.directory / "accuracy.png", key="accuracy", held_out="held_out_accuracy", label=label, title="Reward model")
+
+
+class OnlineRewardModel:
+    """A reward model that keeps learning while a policy is trained (iterative GRPO, arXiv 2402.03300, algorithm 1). Part of a checkpoint.
+
+    At the end of a round, a judge compares the policy's completions, and the model learns from these preferences and, a ``replay`` share, older ones.
+    Every process does the same with the preferences of all.
+    """
+
+    def __init__(self, reward_model: RewardModel, judge: Sequence[Reward], *, learning_rate: float, replay: float):
+        self.model, self.tokenizer, self.device = reward_model.model, reward_model.tokenizer, reward_model.device
+        self.model.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
+        self.judge, self.replay = judge, replay
+        self.memory: list[list[list[int]]] = []  # tokens of the better and of the worse answer
+
+    def compare(self, rows: Sequence[Row], texts: Sequence[str], group: int) -> list[list[list[int]]]:
+        """A pair of each group's completions, the one that the judge scores higher first, where there is one."""
+        judged, _ = total(self.judge, rows, texts)
+        pairs = []
+        for first in range(0, len(rows), group):
+            members = [i for i in range(first, first + group) if texts[i].strip()]
+            different = [(i, j) for i in members for j in members if judged[i] > judged[j]]
+            if different:
+                row, pair = rows[first], random.choice(different)
+                pairs.append([answer_tokens(self.tokenizer, row.prompt, texts[i], row.place) for i in pair])
+        return pairs
+
+    def learn(self, fresh: list[list[list[int]]], updates: int, size: int) -> dict[str, float]:
+        """Gradient steps on ``size`` preferences each; their mean loss and accuracy."""
+        if not fresh:
+            return {}
+        sums = torch.zeros(2, device=self.device)
+        for _ in range(updates):
+            old = round(size * self.replay) if self.memory else 0
+            batch = random.choices(self.memory, k=old) + random.choices(fresh, k=size - old)
+            out = rk.preference_loss(*scores(self.model, [tokens for pair in batch for tokens in pair], self.device).view(size, 2).unbind(1))
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            sums += torch.stack([out.loss.detach(), out.metrics["accuracy"]])
+        self.memory += fresh
+        loss, accuracy = (sums / updates).tolist()
+        return {"reward_model_loss": loss, "reward_model_accuracy": accuracy}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.memory = state["memory"]
 
 
 def train(args: RewardArguments) -> dict[str, Any]:

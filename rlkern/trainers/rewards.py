@@ -139,10 +139,8 @@ def _call(function: Callable[..., Any], rows: Sequence[Row], completions: Sequen
     return function(**arguments)
 
 
-def score(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> list[float]:
-    """One function's rewards for ``completions``, of which the i-th answers ``rows[i]``. InputError where it does not give finite numbers."""
-    if not completions:
-        return []
+def _outputs(reward: Reward, rows: Sequence[Row], completions: Sequence[str], wanted: str) -> Sequence[Any]:
+    """What the function gives for ``completions``, one thing for each. InputError where it raises or gives another number of them."""
     try:
         result = _call(reward.function, rows, completions)
     except Exception as error:
@@ -150,11 +148,40 @@ def score(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> li
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
         got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else type(values).__name__
-        raise InputError(f"reward {reward.name!r} must give a list of {len(completions)} numbers, one a completion; got {got}")
-    for value, row, completion in zip(values, rows, completions, strict=True):
-        if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-            raise InputError(f"reward {reward.name!r} gave {value!r} for the completion {completion!r} of {row.place}; expected a finite number")
-    return [float(value) for value in values]
+        raise InputError(f"reward {reward.name!r} must give a list of {len(completions)} {wanted}, one a completion; got {got}")
+    return values
+
+
+def _number(reward: Reward, value: Any, row: Row, what: str) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
+        raise InputError(f"reward {reward.name!r} gave {value!r} for the {what} of {row.place}; expected a finite number")
+    return float(value)
+
+
+def score(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> list[float]:
+    """One function's rewards for ``completions``, of which the i-th answers ``rows[i]``. InputError where it does not give finite numbers."""
+    if not completions:
+        return []
+    values = _outputs(reward, rows, completions, "numbers")
+    return [_number(reward, value, row, f"completion {text!r}") for value, row, text in zip(values, rows, completions, strict=True)]
+
+
+def steps_of(completion: str, separator: str) -> list[str]:
+    """The steps of a completion, each with the separator that ends it; at least one."""
+    *steps, rest = completion.split(separator)
+    return [step + separator for step in steps] + ([rest] if rest or not steps else [])
+
+
+def score_steps(reward: Reward, rows: Sequence[Row], completions: Sequence[str], steps: Sequence[list[str]]) -> list[list[float]]:
+    """A process reward: a list of numbers a completion, one for each of its ``steps``, which the function gets under that name."""
+    rows = [row._replace(fields={**row.fields, "steps": each}) for row, each in zip(rows, steps, strict=True)]
+    scores = []
+    for values, row, text, each in zip(_outputs(reward, rows, completions, "lists of numbers"), rows, completions, steps, strict=True):
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, (list, tuple)) or len(values) != len(each):
+            raise InputError(f"reward {reward.name!r} gave {values!r} for the {len(each)} steps {each!r} of {row.place}; expected a number a step")
+        scores.append([_number(reward, value, row, f"step {step!r} of {text!r}") for value, step in zip(values, each, strict=True)])
+    return scores
 
 
 def _culprit(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,16 @@ class Sampler:
     def ended(self, batch: Completions) -> Tensor:
         """Which completions ended by themselves, [N]; the others were cut off at ``max_new_tokens``."""
         return self._is_end(batch.ids[:, -batch.mask.shape[1] :]).any(1)
+
+    def step_ends(self, ids: Tensor, mask: Tensor, steps: Sequence[str]) -> list[int]:
+        """The position in a completion, of one row of :class:`Completions`, of the token with which each of the steps of its text ends."""
+        tokens = ids[-len(mask) :][mask.bool()].tolist()
+        characters, ends = 0, []
+        for step in steps:
+            characters += len(step)
+            wanted = characters
+            ends.append(bisect_left(range(len(tokens)), wanted, key=lambda i: len(self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=True))))
+        return [*ends[:-1], len(tokens) - 1]  # the last step has the end of the sequence too
 
     def _is_end(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.ends, device=ids.device))

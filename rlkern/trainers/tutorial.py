@@ -31,7 +31,7 @@ LARGEST = 30  # numbers are 0 to this
 WARM_UP_STEPS = 600
 WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
-PREFERENCES = 4  # pairs of answers to each question
+PREFERENCES = 8  # pairs of answers to each question
 # What the built-in task sets where the user sets nothing: for GRPO, for PPO, and for a reward model.
 SETTINGS = {
     "steps": 100,
