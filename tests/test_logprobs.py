@@ -225,6 +225,16 @@ def test_inplace_backward(backend, device, sliced, dtype):
     assert torch.equal(results[False], results[True])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inplace_backward_of_a_last_row_alone(backend, device, rows):
+    """The torch backend goes over a cache's worth of rows at a time; one may be left over."""
+    x = torch.randn(rows, 128256, device=device, requires_grad=True)
+    ids = torch.arange(rows, device=device)
+    (expected,) = torch.autograd.grad(rk.token_logprobs(x, ids, backend=backend).sum(), x)
+    (gradient,) = torch.autograd.grad(rk.token_logprobs(x * 1.0, ids, inplace_backward=True, backend=backend).sum(), x)
+    assert torch.equal(gradient, expected)
+
+
 def test_inplace_backward_is_noticed_by_other_users(backend, device):
     logits = torch.randn(2, 30, device=device, requires_grad=True) * 1.0
     other = logits.exp()

@@ -313,7 +313,8 @@ def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Te
         buffer = chunks.buffer[:n] if place is None else place
         c = row_scale(scale, per_row.temperature, rows, n, chunks.dtype)
         upstream = a[rows].unsqueeze(1) * c
-        z = soft_capped(raw[:n], cap, buffer)  # nothing is summed here: no need of a second row
+        # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
+        z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
         # With z = -inf the gradient is 0, unless the row's statistics are not finite.
         hit = upstream.masked_fill(z.gather(-1, at) == -torch.inf, 0.0)
         slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
