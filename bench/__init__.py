@@ -1,1 +1,5 @@
-"""Measurements: bytes moved (``traffic``), code generated (``compile``), time and memory (``harness`` and the ``test_*`` files)."""
+"""Measurements: time and memory (``python -m bench``), bytes moved (``traffic``), code generated (``compile``), and their guard (``guard``)."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which counts memory on CPUs, prints its start and stop otherwise

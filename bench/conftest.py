@@ -1,17 +1,20 @@
-"""Benchmarks as pytest-benchmark cases: one test a contender, all contenders of a contest measured together by the first of them."""
+"""What ``bench/test_contests.py`` needs of pytest-benchmark."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from bench.harness import DEVICE, REPLAY, Contest, Measured, Replay, hold, render
+from bench.harness import REPLAY, Ceilings, Contest, Record
+from bench.report import contest_table
 
-_held: dict[str, tuple[Contest, dict[str, Measured]]] = {}
+Replay = Callable[[Contest, str], None]
+_held: dict[str, Record] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=4.0, help="time to spend on the rounds of one contest")
+    parser.addoption("--seconds", type=float, default=2.0, help="time to spend on the rounds of one contest")
     parser.addoption("--threads", type=int, help="CPU threads (default: PyTorch's own choice; 1 is the steadiest on a shared machine)")
 
 
@@ -26,14 +29,15 @@ def replay(benchmark: Any, request: pytest.FixtureRequest) -> Replay:
 
     def report(contest: Contest, contender: str) -> None:
         if contest.title not in _held:
-            _held[contest.title] = contest, hold(contest, seconds=request.config.getoption("--seconds"))
-        measured = _held[contest.title][1][contender]
+            record = Record(contest, Ceilings(contest.device, contest.dtype))
+            _held[contest.title] = record.sit(seconds=request.config.getoption("--seconds"))
+        measured = _held[contest.title].table[contender]
         if measured.missing:
             pytest.skip(f"{contender}: {measured.missing}")
         benchmark.group = contest.title
-        benchmark.extra_info.update(peak_bytes=measured.peak, error=measured.error, device=str(DEVICE), torch=torch.__version__)
-        durations = iter(measured.seconds)
-        benchmark.pedantic(lambda: REPLAY.advance(next(durations)), rounds=len(measured.seconds))
+        benchmark.extra_info.update(peak_bytes=measured.peak, error=measured.error, device=str(contest.device), torch=torch.__version__)
+        durations = iter(measured.seconds[0])
+        benchmark.pedantic(lambda: REPLAY.advance(next(durations)), rounds=len(measured.seconds[0]))
 
     return report
 
@@ -44,7 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    terminalreporter.section(f"{where}, torch {torch.__version__}: interleaved rounds, medians")
-    for contest, table in _held.values():
-        terminalreporter.write_line(render(contest, table) + "\n")
+    terminalreporter.section("interleaved rounds, medians")
+    for record in _held.values():
+        terminalreporter.write_line(contest_table(record.json()) + "\n")

@@ -1,7 +1,8 @@
 """Fair timing: contenders checked against float64 first, then run in turn, round after round, so that a noisy machine is noisy for all of them.
 
-A contest has an exact answer and contenders; ``hold`` measures it. A contender is a function that prepares: it returns the call to be timed.
-A peer that is not installed, raises or is wrong is not timed, and the table says why; ours has to be right.
+A contest has inputs, an exact answer and contenders; ``sit`` measures it for a while, once or several times in a run. A contender is a function that
+prepares: from the inputs it makes the call to be timed. A peer that is not installed, raises or is wrong is not timed, and the record says why; ours
+has to be right. Every round also copies memory and multiplies matrices: the ceilings that times are held against are of the same moments.
 """
 
 from __future__ import annotations
@@ -10,75 +11,114 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OURS = "rlkern"
+COPY, PRODUCT = "copy", "matrix product"  # the ceilings
+GPU_ONLY = "only on a GPU"
 
-Call = Callable[[], Sequence[Tensor]]
-Prepare = Callable[[], Call]
+Call = Callable[[], Sequence[Tensor] | None]  # None: there is nothing to judge
+Prepare = Callable[[Any], Call]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """``contenders[OURS]`` must be right to ``tolerance``, peers to ``sanity``: largest difference over largest entry, of the worst tensor."""
+    """One operation at one shape. Building it costs nothing: tensors are made by ``inputs``.
 
-    title: str
-    exact: Call
+    ``contenders[OURS]`` must be right to ``tolerance``, peers to ``sanity``: largest difference over largest entry, of the worst tensor.
+    ``bytes`` and ``flops`` are what the operation cannot do without: each input read once, each result written once, the products it needs.
+    """
+
+    operation: str
+    shape: Mapping[str, int | str]  # what tables and plots are by: N, V, H, G, T, dtype ...
+    device: torch.device
+    inputs: Callable[[], Any]
+    exact: Callable[[Any], Sequence[Tensor]]
     contenders: Mapping[str, Prepare]
     tolerance: float
     sanity: float = 0.1
+    bytes: int = 0
+    flops: int = 0
+    every: int = 1  # of the leading dimension of each result, ``exact`` gives this part
 
+    @property
+    def title(self) -> str:
+        return ", ".join([self.operation, *(f"{name} = {value}" for name, value in self.shape.items())])
 
-OURS = "rlkern"
-Replay = Callable[[Contest, str], None]  # bench/conftest.py's fixture
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, str(self.shape["dtype"]))
 
 
 @dataclass
 class Measured:
-    """One contender's figures: seconds a call, bytes above the inputs at the peak, error against float64; or why there are none."""
+    """One contender's figures, or why there are none. Seconds a call, by sitting; bytes above the inputs; error against float64."""
 
     missing: str = ""
-    seconds: list[float] = field(default_factory=list)
-    peak: int = 0
-    error: float = 0.0
+    seconds: list[list[float]] = field(default_factory=list)
+    device_seconds: list[list[float]] = field(default_factory=list)  # on a GPU, between two events in its own queue
+    peak: int = 0  # at the worst moment of a call
+    held: int = 0  # by its results
+    error: float | None = None  # None where there is nothing to judge
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def over(self, other: Measured) -> tuple[float, float]:
-        """How many times as long as ``other`` takes: the median of the rounds' ratios, and half their interquartile range."""
-        ratios = [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        return middle, (high - low) / 2
+        return statistics.median(flat(self.seconds))
 
 
-def clock() -> float:
+def flat(sittings: Sequence[Sequence[float]]) -> list[float]:
+    return [seconds for sitting in sittings for seconds in sitting]
+
+
+def ratio(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """How many times as long as ``theirs`` takes, and within what another run on the same machine should find it.
+
+    The median of the ratios of the same rounds. The spread is half their interquartile range, which is what one round may be off by, and half the
+    95 % interval of the median when sittings, and rounds within them, are drawn anew: what the whole run may be off by.
+    """
+    groups = [np.divide(a, b) for a, b in zip(mine, theirs, strict=True)]
+    pooled = np.concatenate(groups)
+    generator = np.random.default_rng(0)
+    medians = []
+    for _ in range(400):
+        drawn = generator.integers(len(groups), size=len(groups))
+        medians.append(np.median(np.concatenate([generator.choice(groups[i], groups[i].size) for i in drawn])))
+    low, high = np.quantile(pooled, [0.25, 0.75])
+    least, most = np.quantile(medians, [0.025, 0.975])
+    return float(np.median(pooled)), float((high - low + most - least) / 2)
+
+
+def clock(device: torch.device) -> float:
     """Seconds; on a GPU, after all the work that was launched is done."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def peak_memory(call: Call) -> int:
-    """Bytes allocated at the worst moment of a call, above what was there before; exact on both devices."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+def memory(call: Call, device: torch.device) -> tuple[int, int]:
+    """Bytes above what was allocated before a call: at the worst moment, and while its results are held. Exact on both devices."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        results = call()
+        torch.cuda.synchronize(device)
+        peak, held = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+        del results
+        return peak, held
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+        results = call()
     now = top = 0
     for event in profile.profiler.kineto_results.events():  # every allocation and release, in order
         if event.name() == "[memory]":
             now += event.nbytes()
             top = max(top, now)
-    return top
+    del results
+    return top, now
 
 
 def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
@@ -90,49 +130,172 @@ def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return worst
 
 
-def hold(contest: Contest, *, seconds: float = 6.0, rounds: tuple[int, int] = (3, 50)) -> dict[str, Measured]:
-    """Check every contender, then time them in turn: ``rounds`` at least and at most, within about ``seconds`` for the contest."""
-    exact = contest.exact()
-    table = {name: Measured() for name in contest.contenders}
-    calls: dict[str, Call] = {}
-    for name, prepare in contest.contenders.items():
-        try:
-            call = prepare()
-            table[name].error = error(call(), exact)
-        except Exception as why:
-            if name == OURS:
-                raise
-            table[name].missing = str(why) if isinstance(why, ImportError) else f"{type(why).__name__}: {why}"
-            continue
-        if table[name].error > (contest.tolerance if name == OURS else contest.sanity):
-            assert name != OURS, f"{contest.title}: our error is {table[name].error:.1e}, allowed {contest.tolerance:.1e}"
-            table[name].missing = f"wrong, with an error of {table[name].error:.1e}"
-            continue
-        table[name].peak = peak_memory(call)
-        calls[name] = call
-    least, most = rounds
-    end = clock() + seconds
-    names = list(calls)
-    for done in range(most):
-        if done >= least and clock() > end:
-            break
-        for name in names[done % len(names) :] + names[: done % len(names)]:
-            start = clock()
-            calls[name]()
-            table[name].seconds.append(clock() - start)
-    return table
+@dataclass
+class Ceilings:
+    """A copy larger than the caches and a square matrix product: bytes moved and operations of one call, and the calls."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        gpu = self.device.type == "cuda"
+        elements, side = (1 << 28, 8192) if gpu else (1 << 24, 1024)
+        self.bytes, self.flops = 2 * 4 * elements, 2 * side**3
+        self._from = torch.zeros(elements, device=self.device)
+        self._to = torch.empty_like(self._from)
+        # A CPU multiplies smaller dtypes by way of float32, which is the rate to be held against.
+        self._a = torch.ones(side, side, device=self.device, dtype=self.dtype if gpu or self.dtype == torch.float64 else torch.float32)
+        self._product = torch.empty_like(self._a)
+
+    def calls(self) -> dict[str, Call]:
+        def copy() -> None:
+            self._to.copy_(self._from)
+
+        def product() -> None:
+            torch.mm(self._a, self._a, out=self._product)
+
+        return {COPY: copy, PRODUCT: product}
 
 
-def render(contest: Contest, table: Mapping[str, Measured]) -> str:
-    """The figures as text, fastest first. Ratios are to ours, in the same round; memory is above the inputs."""
-    ours = table[OURS]
-    lines = [contest.title, f"  {'':40}{'time':>12}{'x ours':>16}{'peak':>12}{'x ours':>8}{'error':>10}"]
-    for name, m in sorted(((name, m) for name, m in table.items() if not m.missing), key=lambda item: item[1].over(ours)):
-        ratio, spread = m.over(ours)
-        memory = f"{m.peak / 1e6:9.1f} MB{m.peak / max(ours.peak, 1):8.2f}"
-        lines.append(f"  {name:40}{1e3 * m.median:9.3f} ms{ratio:9.2f} +-{spread:4.2f}{memory}{m.error:10.1e}")
-    lines += [f"  {name:40}not measured: {m.missing}" for name, m in table.items() if m.missing]
-    return "\n".join(lines)
+@dataclass
+class Record:
+    """What was measured of a contest so far."""
+
+    contest: Contest
+    table: dict[str, Measured] = field(init=False)
+    ceilings: Ceilings | None = None
+    _ceiling_times: dict[str, Measured] = field(default_factory=lambda: {COPY: Measured(), PRODUCT: Measured()})
+
+    def __post_init__(self) -> None:
+        self.table = {name: Measured() for name in self.contest.contenders}
+
+    def sit(self, *, seconds: float = 6.0, rounds: tuple[int, int] = (3, 50)) -> Record:
+        """Check every contender, if that was not done before, then time them in turn: ``rounds`` at least and at most, within about ``seconds``."""
+        device = self.contest.device
+        calls = self._prepared()
+        timed = {name: self.table[name] for name in calls}
+        if self.ceilings is not None:
+            calls |= self.ceilings.calls()
+            timed |= self._ceiling_times
+        for measured in timed.values():
+            measured.seconds.append([])
+            measured.device_seconds.append([])
+        names = list(calls)
+        repeats = {name: _repeats(calls[name], device) for name in names}
+        least, most = rounds
+        end = clock(device) + seconds
+        for done in range(most):
+            if done >= least and clock(device) > end:
+                break
+            for name in names[done % len(names) :] + names[: done % len(names)]:
+                wall, on_device = _timed(calls[name], repeats[name], device)
+                timed[name].seconds[-1].append(wall)
+                if on_device is not None:
+                    timed[name].device_seconds[-1].append(on_device)
+        return self
+
+    def _prepared(self) -> dict[str, Call]:
+        """The calls of those who can be measured; who can is found out once."""
+        contest = self.contest
+        first = not any(m.seconds or m.missing for m in self.table.values())
+        inputs = contest.inputs()
+        exact = contest.exact(inputs) if first else []
+        calls: dict[str, Call] = {}
+        for name, prepare in contest.contenders.items():
+            measured = self.table[name]
+            if measured.missing:
+                continue
+            try:
+                call = prepare(inputs)
+                if first:
+                    self._check(name, call(), exact)
+                    measured.peak, measured.held = memory(call, contest.device)
+            except Exception as why:
+                if name == OURS:
+                    raise
+                self.table[name] = Measured(missing=_reason(why))
+            else:
+                calls[name] = call
+        return calls
+
+    def _check(self, name: str, results: Sequence[Tensor] | None, exact: Sequence[Tensor]) -> None:
+        """Raises ArithmeticError for results that are wrong."""
+        if results is None:
+            return
+        contest = self.contest
+        off = error((r[:: contest.every] if r.ndim else r for r in results), exact)
+        if off > (contest.tolerance if name == OURS else contest.sanity):
+            raise ArithmeticError(
+                f"wrong, with an error of {off:.1e}" if name != OURS else f"{contest.title}: our error is {off:.1e}, allowed {contest.tolerance:.1e}"
+            )
+        self.table[name].error = off
+
+    def json(self) -> dict[str, Any]:
+        """For the result file; rates and fractions are of medians."""
+        contest = self.contest
+        rates = {}
+        if self.ceilings is not None:
+            rates = {
+                "copy_bytes_per_second": self.ceilings.bytes / self._ceiling_times[COPY].median,
+                "product_flops_per_second": self.ceilings.flops / self._ceiling_times[PRODUCT].median,
+            }
+        ours = self.table[OURS]
+        contenders = []
+        for name, m in self.table.items():
+            if m.missing:
+                contenders.append({"name": name, "missing": m.missing})
+                continue
+            times, spread = ratio(m.seconds, ours.seconds)
+            figures: dict[str, Any] = {"name": name, "median_seconds": m.median, "ratio": times, "ratio_spread": spread}
+            figures |= {"peak_bytes": m.peak, "held_bytes": m.held, "error": m.error, "seconds": m.seconds}
+            if flat(m.device_seconds):
+                figures |= {"device_median_seconds": statistics.median(flat(m.device_seconds)), "device_seconds": m.device_seconds}
+            figures |= {"bytes_per_second": contest.bytes / m.median, "flops_per_second": contest.flops / m.median}
+            if rates:
+                of_bytes = figures["bytes_per_second"] / rates["copy_bytes_per_second"]
+                of_flops = figures["flops_per_second"] / rates["product_flops_per_second"]
+                figures |= {"bandwidth_fraction": of_bytes, "flops_fraction": of_flops, "roofline_fraction": max(of_bytes, of_flops)}
+            contenders.append(figures)
+        return {
+            "operation": contest.operation,
+            "title": contest.title,
+            "shape": dict(contest.shape),
+            "bytes": contest.bytes,
+            "flops": contest.flops,
+            "tolerance": contest.tolerance,
+            "ceilings": rates,
+            "contenders": contenders,
+        }
+
+
+def _reason(why: Exception) -> str:
+    """One line."""
+    return (
+        str(why)
+        if isinstance(why, ImportError | ArithmeticError)
+        else f"{type(why).__name__}: {str(why).strip().splitlines()[0] if str(why).strip() else ''}"
+    )
+
+
+def _repeats(call: Call, device: torch.device) -> int:
+    """How often a call is made for one measurement: short ones for five milliseconds, in which a clock and a busy machine matter less."""
+    start = clock(device)
+    call()
+    return max(1, min(1000, int(5e-3 / max(clock(device) - start, 1e-6))))
+
+
+def _timed(call: Call, repeats: int, device: torch.device) -> tuple[float, float | None]:
+    """Seconds a call by the synchronising clock, and on a GPU those between two events."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    start = clock(device)
+    for event in events[:1]:
+        event.record()
+    for _ in range(repeats):
+        call()
+    for event in events[1:]:
+        event.record()
+    wall = clock(device) - start
+    return wall / repeats, events[0].elapsed_time(events[1]) / 1e3 / repeats if events else None
 
 
 class ReplayClock:

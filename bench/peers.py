@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import DEVICE
+from bench.harness import GPU_ONLY
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -64,10 +64,15 @@ def loop_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple
     return advantages, advantages + values
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_gpu(device: torch.device) -> None:
+    """For a peer that is a GPU's."""
+    if device.type != "cuda":
+        raise ImportError(GPU_ONLY)
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """By torch.compile; on a GPU, since a CPU takes most of a minute to compile one of these."""
-    if DEVICE.type != "cuda":
-        raise ImportError("only on a GPU")
+    on_gpu(device)
     return torch.compile(function)
 
 
@@ -76,28 +81,47 @@ def trl(name: str, module: str = "trl.trainer.utils") -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def liger_grpo_loss(logits: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-    """Liger's Triton kernel from logits to the loss; it wants one position more than there are ids, as a model gives them."""
-    if DEVICE.type != "cuda":
-        raise ImportError("only on a GPU")
+def flash_attention_logprobs(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its fused cross-entropy of logits."""
+    loss = importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
+    on_gpu(device)
+    return lambda logits, ids: -loss(logits, ids)[0]
+
+
+def cut_cross_entropy_logprobs(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Apple's Cut Cross-Entropy, with its own choices of what gradients to drop."""
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    on_gpu(device)
+    return lambda hidden, weight, ids: -loss(hidden, weight, ids, reduction="none")
+
+
+def verl_logprobs(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """verl's fused head, which makes entropies too."""
+    head = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    on_gpu(device)
+    return lambda hidden, weight, ids: head(hidden, weight, ids)[0]
+
+
+def liger_grpo_loss(device: torch.device) -> Callable[..., Tensor]:
+    """(logits, ids, old, advantages, mask, ref) -> loss: Liger's Triton kernel; it wants a position more than there are ids, as a model gives."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
+    on_gpu(device)
     options = {"temperature": 1.0, "beta": 0.04, "eps_low": 0.2, "eps_high": 0.2, "inplace": False, "loss_type": "bnpo", "reduce": True}
-    return triton_grpo_loss(logits, old, ref, ids, advantages, completion_mask=mask, **options)[0]
+    return lambda logits, ids, old, advantages, mask, ref: triton_grpo_loss(logits, old, ref, ids, advantages, completion_mask=mask, **options)[0]
 
 
-def liger_linear_grpo_loss(hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Callable[[], Tensor]:
+def liger_linear_grpo_loss(rows: int) -> Callable[[Any], Tensor]:
     """Liger's chunked loss from hidden states, one sequence of one token each, so that every token may have its own advantage."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", chunk_size=max(1, ids.numel() // 4))
-    columns = [t.unsqueeze(1) for t in (ids, mask, old)]
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", chunk_size=max(1, rows // 4))
 
-    def call() -> Tensor:
-        selected, attention, behaviour = columns
-        return loss(hidden.unsqueeze(1), weight, selected, attention, advantages, old_per_token_logps=behaviour)[0]
+    def of(x: Any) -> Tensor:
+        ids, mask, old = (t.unsqueeze(1) for t in (x.ids, x.mask, x.old))
+        return loss(x.hidden.unsqueeze(1), x.weight, ids, mask, x.advantages, old_per_token_logps=old)[0]
 
-    return call
+    return of
 
 
 def with_gradient(function: Callable[[], Any], wanted: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
