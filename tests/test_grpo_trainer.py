@@ -15,8 +15,8 @@ from rlkern.trainers import grpo, tutorial
 from rlkern.trainers.data import Row, batch_at, hold_out, read_jsonl
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.grpo import GRPO, GRPOArguments, train
-from rlkern.trainers.rewards import load_rewards, score
-from rlkern.trainers.rollout import Completions
+from rlkern.trainers.rewards import load_rewards, score, steps_of
+from rlkern.trainers.rollout import Completions, load_scorer
 from rlkern.trainers.runs import Checkpoints, read_metrics
 
 REWARDS = """
@@ -25,6 +25,15 @@ def sevens(completions, **fields):
 
 def short(completions):
     return [-len(completion) / 10 for completion in completions]
+
+def sevens_of_steps(steps, **fields):
+    return [[step.count("7") / 4 for step in each] for each in steps]
+
+def too_few(steps, **fields):
+    return [[0.0] for each in steps]
+
+def unsure(steps, **fields):
+    return [[float("nan")] * len(each) for each in steps]
 """
 
 
@@ -174,6 +183,112 @@ def test_the_learning_rate_warms_up_and_falls(files, tmp_path):
     assert [args.learning_rate_factor(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
     args = settings(files, tmp_path, steps=10, learning_rate=1.0, lr_schedule="cosine")
     assert [args.learning_rate_factor(step) for step in (0, 5)] == pytest.approx([1.0, 0.5])
+
+
+# ---- Process supervision and iterative GRPO -------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_cut_into_steps():
+    assert steps_of("a;b;c", ";") == ["a;", "b;", "c"]
+    assert steps_of("a;b;", ";") == ["a;", "b;"]
+    assert steps_of(";a", ";") == [";", "a"]
+    assert steps_of("a", ";") == ["a"]
+    assert steps_of("", ";") == [""]
+
+
+def test_the_rewards_of_steps_reach_the_tokens_up_to_their_ends(files, tmp_path):
+    run = GRPO(settings(files, tmp_path / "run", samples_per_prompt=2, process_reward=f"{files}/rewards.py:sevens_of_steps", step_separator=" + "))
+    words, end = run.sample.tokenizer.get_vocab(), run.sample.ends[0]
+    answers = [["7", "7 + ", "1", "7 + ", "7"], ["1 + ", "2", "3"]]
+    new = torch.tensor([[words[word] for word in answers[0]] + [end], [words[word] for word in answers[1]] + [end, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    batch = Completions(torch.cat([torch.tensor([[3, 5], [3, 5]]), new], 1), torch.ones(2, 8), mask)
+    texts = ["".join(words) for words in answers]
+    advantages, mean = run.process_advantages(run.rows[:2], batch, texts)
+    scores = torch.tensor([2, 1, 1, 0, 0]) / 4  # "77 + ", "17 + ", "7" and "1 + ", "23"
+    r = ((scores - scores.mean()) / (scores.std() + 1e-4)).tolist()
+    expected = [[sum(r[:3])] * 2 + [r[1] + r[2]] * 2 + [r[2]] * 2, [r[3] + r[4]] + [r[4]] * 3 + [0.0] * 2]
+    torch.testing.assert_close(advantages, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert float(mean) == pytest.approx(scores.mean().item())
+
+
+def test_it_learns_from_rewards_of_steps(files, tmp_path):
+    changes = {"process_reward": f"{files}/rewards.py:sevens_of_steps", "step_separator": " + ", "learning_rate": 1e-2, "save_every": 0}
+    summary = train(settings(files, tmp_path / "run", steps=12, samples_per_prompt=16, eval_samples=16, **changes))
+    assert summary["after"]["reward"] > summary["before"]["reward"] + 0.2
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["process_reward"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_few", r"reward 'too_few' gave \[0.0\] for the \d+ steps \[.*\] of .*data.jsonl:\d; expected a number a step"),
+        ("unsure", r"reward 'unsure' gave nan for the step '.*' of '.*' of .*data.jsonl:\d; expected a finite number"),
+        ("sevens", r"reward 'sevens' gave .* for the \d+ steps"),
+    ],
+)
+def test_rewards_of_steps_that_fail_are_named(files, tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        GRPO(settings(files, tmp_path / "run", process_reward=f"{files}/rewards.py:{name}", step_separator=" ")).step(0)
+
+
+@pytest.fixture(scope="module")
+def iterative(files) -> dict:
+    """Settings of rounds of two steps, in which a reward model that knows nothing is taught to like sevens."""
+    tokenizer = tutorial.build_tokenizer()
+    load_scorer(str(files / "model"), torch.float32, tokenizer).save_pretrained(files / "reward_model")
+    tokenizer.save_pretrained(files / "reward_model")
+    judge = {"judge": [f"{files}/rewards.py:sevens"], "judge_updates": 5, "judge_learning_rate": 3e-3}
+    return {"refresh_every": 2, "reward": [str(files / "reward_model")], "eval_reward": judge["judge"], **judge}
+
+
+def test_the_reference_becomes_the_policy_at_the_end_of_a_round(files, tmp_path):
+    run = GRPO(settings(files, tmp_path / "run", refresh_every=2, epochs=1, minibatches=1))
+    kl = [run.step(step)["kl"] for step in range(5)]
+    assert abs(kl[0]) < 1e-9
+    assert abs(kl[2]) < 1e-9
+    assert abs(kl[4]) < 1e-9
+    assert min(kl[1], kl[3]) > 1e-5
+
+
+def test_the_reward_model_learns_in_rounds_and_the_policy_from_it(files, tmp_path, iterative):
+    changes = {**iterative, "judge_updates": 10, "steps": 14, "samples_per_prompt": 16, "eval_samples": 16, "learning_rate": 1e-2, "kl_coef": 0.0}
+    summary = train(settings(files, tmp_path / "run", **changes, save_every=0))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward_model_accuracy" in row] == [2, 4, 6, 8, 10, 12, 14]
+    assert rows[1]["equal_groups"] == 1  # it starts from scores of 0
+    assert rows[10]["reward_model_accuracy"] > 0.7
+    assert summary["after"]["reward"] > summary["before"]["reward"] + 0.2
+
+
+def test_a_killed_iterative_run_resumes_to_the_same_numbers(files, tmp_path, iterative, monkeypatch):
+    """Reference, reward model, its optimiser and its memory are parts of a checkpoint."""
+    train(settings(files, tmp_path / "unbroken", **iterative, track_kl=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch:
+        die_at(patch, GRPO, "step", 6)
+        with pytest.raises(Killed):
+            train(settings(files, tmp_path / "run", **iterative, track_kl=True))
+    train(settings(files, tmp_path / "run", **iterative, track_kl=True, resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refresh_every": 2, "kl_coef": 0.0}, r"there is nothing to refresh: neither a reference \(kl_coef, track_kl\) nor a judge"),
+        ({"judge": ["a:b"]}, r"a judge is asked every refresh_every steps, which is 0"),
+        ({"judge": ["{files}/rewards.py:short"], "refresh_every": 2}, r"a judge teaches the one reward model of reward, which names 0"),
+        ({"judge_replay": 1.5}, r"must be at least 0 and at most 1, got 1.5"),
+        ({"step_separator": ""}, r"must be some text, got "),
+        ({"process_reward": "{files}/rewards.py:nothing"}, r"has no function 'nothing'"),
+    ],
+)
+def test_rounds_and_steps_that_cannot_be_are_named(files, tmp_path, changes, message):
+    changes = json.loads(json.dumps(changes).replace("{files}", str(files)))
+    with pytest.raises(InputError, match=message):
+        GRPO(settings(files, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- What it writes -------------------------------------------------------------------------------------------------------------------------
