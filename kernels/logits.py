@@ -178,7 +178,7 @@ def store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, sc
     tl.store(dx_row + column, tl.where(live, dx, 0.0).to(dx_row.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["inner", "blocks"])
+@triton.jit(do_not_specialize=["inner", "blocks", "first", "total"])
 def backward_kernel(
     x_ptr,
     dx_ptr,
@@ -191,6 +191,8 @@ def backward_kernel(
     grad_logprob_ptr,
     grad_entropy_ptr,
     V,
+    first,
+    total,
     inner,
     outer_stride,
     inner_stride,
@@ -201,7 +203,10 @@ def backward_kernel(
     cap,
     BLOCK: tl.constexpr,
 ):
-    """One program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``."""
+    """One program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``.
+
+    The columns are the tokens [first, first + V) of a vocabulary of ``total``, and the statistics those of all of it.
+    """
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -215,13 +220,13 @@ def backward_kernel(
         entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
         moves = moves | (b != 0.0)
     live = live & moves
-    a = tl.where((token >= 0) & (token < V), a, float("nan"))
+    a = tl.where((token >= 0) & (token < total), a, float("nan"))
     m = tl.load(max_ptr + row, mask=live, other=0.0)
     log2_s = tl.load(log2_sum_ptr + row, mask=live, other=0.0)
     scale = row_scale(row, scale, temperature_ptr, live)
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
-    store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, grad_entropy_ptr is not None)
+    store_gradient(x_row, dx_row, column, V, token - first, m, log2_s, entropy, a, b, scale, cap, live, grad_entropy_ptr is not None)
 
 
 @triton.jit

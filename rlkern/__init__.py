@@ -2,6 +2,7 @@
 
 from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
+from .distributed import VocabShard
 from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
@@ -23,6 +24,7 @@ __all__ = [
     "KeptTokens",
     "LossOutput",
     "PolicyLossConfig",
+    "VocabShard",
     "__version__",
     "discounted_returns",
     "full_kl",

@@ -12,6 +12,7 @@ from . import reference
 from ._backend import choose_backend, choose_validate
 from ._checks import check_choice, check_tensor, state_dtype
 from .config import PolicyLossConfig
+from .distributed import ProcessGroup
 from .logprobs import KeptTokens, LinearInputs, check_keep, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
 from .losses import LossOutput, check_config, check_tokens, token_weights
 from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
@@ -20,6 +21,7 @@ from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
+from .ops.shards import Shard
 from .surrogates import check_backend, own_surrogate
 
 
@@ -127,6 +129,7 @@ def fused_policy_loss(
     with_entropy: bool = True,
     inplace: bool = False,
     keep: KeptTokens | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -140,6 +143,7 @@ def fused_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask, normalizer, cu_seqlens, config: as in
             :func:`rlkern.policy_loss`.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
+        process_group: as in :func:`rlkern.token_logprobs`; the gradient is then made in the backward.
         inplace: write the gradient over ``logits``, in the forward where it is made there: they are gone afterwards. Nothing else may use them.
         validate, backend: as in :func:`rlkern.token_logprobs`.
 
@@ -149,11 +153,12 @@ def fused_policy_loss(
     Raises:
         TypeError, ValueError: as the two functions.
     """
-    shape, device = check_logits(logits, ids, mask)
+    must_validate = choose_validate(validate, logits) if isinstance(logits, Tensor) else False
+    logits, shape, device, shard = check_logits(logits, ids, mask, process_group, must_validate)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     if inplace:
         check_writable("inplace=True", logits)
-    backend, must_validate = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES), choose_validate(validate, logits)
+    backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
     objective = _objective(
         ids,
         live_rows(ids, mask),
@@ -173,11 +178,12 @@ def fused_policy_loss(
         cu_seqlens=cu_seqlens,
     )
     if keep is not None:  # the gradient may go over the copy, which is ours
-        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], must_validate), backend)
+        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], shard, must_validate), backend)
         inplace = True
-    if not (torch.is_grad_enabled() and logits.requires_grad and config.is_token_level):
+    if shard is not None or not (torch.is_grad_enabled() and logits.requires_grad and config.is_token_level):
+        part = "" if shard is None else shard.text
         logprobs, entropy = TokenLogprobs.apply(
-            logits, ids, objective.tokens.mask, per_token, scale, cap, with_entropy, inplace, must_validate, backend
+            logits, ids, objective.tokens.mask, per_token, scale, cap, with_entropy, inplace, must_validate, backend, part
         )
         return objective.loss(logprobs, entropy if with_entropy else None)
     flat = (ids.flatten(), objective.live(), None if per_token is None else per_token.flatten(), *objective.rows(), *objective.weights())
@@ -217,6 +223,7 @@ def fused_linear_policy_loss(
     compact: bool | None = None,
     keep: KeptTokens | None = None,
     mode: Literal["in-forward", "recompute", "frozen-head"] | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -239,6 +246,7 @@ def fused_linear_policy_loss(
             and the surrogate is built in, rows whose advantage is 0. These add nothing to loss or gradients and still count in the denominators;
             the metrics are means over the rest, and their log-prob and entropy come back as 0. False: every row is computed.
         mode: force "in-forward", "recompute" or "frozen-head", for comparison; an error where that cannot be.
+        process_group: as in :func:`rlkern.linear_token_logprobs`; gradients that are made in the forward take its collectives there.
         validate, backend: as in :func:`rlkern.token_logprobs`.
 
     Returns:
@@ -262,6 +270,7 @@ def fused_linear_policy_loss(
         rows=rows,
         compact=compact,
         keep=keep,
+        process_group=process_group,
         validate=validate,
         backend=backend,
     )
@@ -320,6 +329,7 @@ def fused_linear_loss(
     rows: Tensor | None = None,
     compact: bool | None = None,
     keep: KeptTokens | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -328,7 +338,8 @@ def fused_linear_loss(
         loss = sum_i a_i loss_fn(logprobs_i, entropy_i, *per_token_i)      with the weights a of ``aggregation``
 
     Args:
-        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, keep, validate, backend: as in
+        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, keep, process_group,
+            validate, backend: as in
             :func:`rlkern.linear_token_logprobs`.
         loss_fn: ``loss_fn(logprobs, entropy, *per_token) -> loss``, in PyTorch operations that autograd can differentiate, on a chunk of tokens: the
             first two are ``[n]``, float32 (float64 for float64), the result must be too. The loss of a token may depend on that token only.
@@ -356,6 +367,7 @@ def fused_linear_loss(
         rows=rows,
         compact=compact,
         keep=keep,
+        process_group=process_group,
         validate=validate,
         backend=backend,
     )
@@ -415,6 +427,7 @@ def fused_linear_loss(
                 x.compact,
                 x.validate,
                 x.backend,
+                Shard.from_text(x.shard),
                 slopes,
             )
             loss = (weights * losses).sum()
@@ -446,6 +459,7 @@ def _in_forward(x: LinearInputs, objective: Objective, needs: tuple[bool, bool, 
         x.compact,
         x.validate,
         x.backend,
+        x.shard,
     )
     output = objective.loss(logprobs, entropy if with_entropy else None)
     return output._replace(loss=GradientsInForward.apply(output.loss, *gradients, *heads))

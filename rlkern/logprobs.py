@@ -9,19 +9,26 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
+from .distributed import ProcessGroup, check_same_inputs, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
-from .ops.logits import TRITON_DTYPES, TokenLogprobs
+from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
+from .ops.shards import Shard
 
 
-def check_logits(logits: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[torch.Size, torch.device]:
-    """Check logits, ids and mask; gives S and the device."""
+def check_logits(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, process_group: ProcessGroup, validate: bool
+) -> tuple[Tensor, torch.Size, torch.device, Shard | None]:
+    """Check logits, ids and mask; gives the logits that are here, S, the device, and the part of the vocabulary."""
     check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    shape, device = logits.shape[:-1], logits.device
-    if logits.shape[-1] == 0:
+    logits, process_group = local("logits", logits, -1, process_group)
+    shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
+    if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
     _check_ids(ids, mask, shape, device)
-    return shape, device
+    if shard is not None and validate:
+        check_same_inputs(shard, ids, mask, 0)
+    return logits, shape, device, shard
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
@@ -44,8 +51,11 @@ def check_scaling(
 
 def check_writable(option: str, logits: Tensor) -> None:
     """Check that a gradient can be written over ``logits``."""
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"{option} needs logits whose elements do not share memory, got strides {logits.stride()}")
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)) or row_levels(logits) is None:
+        raise ValueError(
+            f"{option} needs logits with unit stride in the last dimension and two strides at most in the others, and elements that do not share "
+            f"memory; got shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
 
 
 class KeptTokens(NamedTuple):
@@ -65,8 +75,9 @@ class KeptTokens(NamedTuple):
         return cls(torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0)), flat.nonzero()[:, 1])
 
 
-def check_keep(keep: KeptTokens, ids: Tensor, vocabulary: int, validate: bool) -> tuple[Tensor, Tensor]:
-    """Check the kept tokens; gives offsets and token ids."""
+def check_keep(keep: KeptTokens, ids: Tensor, vocabulary: int, shard: Shard | None, validate: bool) -> tuple[Tensor, Tensor]:
+    """Check the kept tokens; gives offsets, and token ids as columns of what is here."""
+    vocabulary = vocabulary if shard is None else shard.total
     if not isinstance(keep, KeptTokens):
         raise TypeError(f"keep must be a KeptTokens, got {type(keep).__name__}")
     offsets, token_ids = keep
@@ -81,7 +92,7 @@ def check_keep(keep: KeptTokens, ids: Tensor, vocabulary: int, validate: bool) -
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
             raise ValueError(f"keep.token_ids[{at}] is {int(token_ids[at])}, outside the vocabulary [0, {vocabulary})")
-    return offsets.contiguous(), token_ids.contiguous()
+    return offsets.contiguous(), token_ids.contiguous() if shard is None else token_ids - shard.first
 
 
 class LinearInputs(NamedTuple):
@@ -103,18 +114,21 @@ class LinearInputs(NamedTuple):
     compact: bool
     validate: bool
     backend: str
+    shard: str
 
     def needs_grad(self) -> tuple[bool, bool, bool]:
         """Whether hidden, weight and bias take gradients."""
         return take_gradients(self.hidden, self.weight, self.bias)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, prefix: str = "") -> torch.dtype:
-    """Check hidden states and a head, named with the prefix; gives the dtype of their logits."""
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, prefix: str = "", sharded: bool = False
+) -> torch.dtype:
+    """Check hidden states and a head, named with the prefix, of which nothing need be here if ``sharded``; gives the dtype of their logits."""
     check_tensor(f"{prefix}hidden", hidden, min_dim=2, dtypes=FLOATS)
     device, width = hidden.device, hidden.shape[-1]
     check_tensor(f"{prefix}weight", weight, dtypes=FLOATS, device=device)
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0 or width == 0:
+    if weight.dim() != 2 or weight.shape[1] != width or (weight.shape[0] == 0 and not sharded) or width == 0:
         raise ValueError(f"{prefix}weight must have shape [V, {width}] for {prefix}hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}")
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, shape=weight.shape[:1], dtypes=FLOATS, device=device)
@@ -126,11 +140,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype
     return logits_dtype
 
 
-def check_chunk(chunk_bytes: int | None, weight: Tensor, logits_dtype: torch.dtype) -> int:
-    """Check the memory for a chunk of logits; gives its rows."""
+def check_chunk(chunk_bytes: int | None, weight: Tensor, logits_dtype: torch.dtype, shard: Shard | None = None) -> int:
+    """Check the memory for a chunk of logits; gives its rows, equally many on all ranks."""
     if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive number of bytes, got {chunk_bytes!r}")
-    return chunk_rows(weight.shape[0], logits_dtype, weight.device, chunk_bytes)
+    columns = weight.shape[0] if shard is None else -(-shard.total // shard.ranks)
+    return chunk_rows(max(columns, 1), logits_dtype, weight.device, chunk_bytes)
 
 
 def check_rows(rows: Tensor | None, tokens: int, device: torch.device, validate: bool) -> Tensor | None:
@@ -176,17 +191,26 @@ def check_linear(
     rows: Tensor | None,
     compact: bool | None,
     keep: KeptTokens | None,
+    process_group: ProcessGroup,
     validate: bool | None,
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    dtype = check_head(hidden, weight, bias, logits_dtype)
+    check_tensor("weight", weight, min_dim=2)
+    hidden, _ = local("hidden", hidden, 0, None) if isinstance(hidden, Tensor) else (hidden, None)
+    if bias is not None:
+        bias = local("bias", bias, 0, None)[0] if isinstance(bias, Tensor) else bias
+    weight, process_group = local("weight", weight, 0, process_group)
+    shard = shard_of(process_group, weight.shape[0])
+    dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
     shape, device = hidden.shape[:-1], hidden.device
     _check_ids(ids, mask, shape, device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     must_validate = choose_validate(validate, hidden)
+    if shard is not None and must_validate:
+        check_same_inputs(shard, ids, mask, weight.shape[1])
     rows = check_rows(rows, ids.numel(), device, must_validate)
-    offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], must_validate)
+    offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
     return LinearInputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -200,10 +224,11 @@ def check_linear(
         scale,
         cap,
         dtype,
-        check_chunk(chunk_bytes, weight, dtype),
+        check_chunk(chunk_bytes, weight, dtype, shard),
         device.type == "cpu" if compact is None else compact,
         must_validate,
         choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES),
+        "" if shard is None else shard.text,
     )
 
 
@@ -219,6 +244,7 @@ def token_logprobs(
     with_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
     keep: KeptTokens | None = ...,
+    process_group: ProcessGroup = ...,
     validate: bool | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -236,6 +262,7 @@ def token_logprobs(
     with_entropy: Literal[True],
     inplace_backward: bool = ...,
     keep: KeptTokens | None = ...,
+    process_group: ProcessGroup = ...,
     validate: bool | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -252,6 +279,7 @@ def token_logprobs(
     with_entropy: bool = False,
     inplace_backward: bool = False,
     keep: KeptTokens | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -276,6 +304,9 @@ def token_logprobs(
             them after; where autograd saved them for something else, that raises.
         keep: the tokens that the sampler's top-k or top-p left in each row, over which alone the sums run; an id that is not among them has
             log-prob -inf.
+        process_group: the ranks among which the vocabulary is divided, each with the logits of its part, in the order of the ranks, for the same
+            tokens; a group whose ranks hold equally many, or a :class:`rlkern.VocabShard`. A DTensor says so itself. One all-gather of four numbers a
+            row in the forward, nothing in the backward; all ranks get the same bits.
         validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Unchecked, a row
             whose id does not is NaN.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
@@ -286,15 +317,17 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range, and, when validating, for an id outside ``[0, V)``.
     """
-    shape, device = check_logits(logits, ids, mask)
+    must_validate = choose_validate(validate, logits) if isinstance(logits, Tensor) else False
+    logits, shape, device, shard = check_logits(logits, ids, mask, process_group, must_validate)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     if inplace_backward:
         check_writable("inplace_backward=True", logits)
-    backend, must_validate = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES), choose_validate(validate, logits)
+    backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
     if keep is not None:  # the gradient may go over the copy, which is ours
-        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], must_validate), backend)
+        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], shard, must_validate), backend)
         inplace_backward = True
-    logprob, entropy = TokenLogprobs.apply(logits, ids, mask, per_token, scale, cap, with_entropy, inplace_backward, must_validate, backend)
+    part = "" if shard is None else shard.text
+    logprob, entropy = TokenLogprobs.apply(logits, ids, mask, per_token, scale, cap, with_entropy, inplace_backward, must_validate, backend, part)
     return (logprob, entropy) if with_entropy else logprob
 
 
@@ -323,6 +356,7 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
     compact: bool | None = None,
     keep: KeptTokens | None = None,
     mode: Literal["recompute", "frozen-head"] | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -345,6 +379,9 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, where the caller knows them; others count as masked.
         compact: leave masked rows out of the products, by counting them (on a GPU: one synchronisation). Default: on the CPU.
         mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.
+        process_group: the ranks among which the head is divided, each with its rows of ``weight`` and ``bias`` and all of ``hidden``, as in
+            :func:`token_logprobs`. Beside the all-gather (one for all, or with a frozen head one a chunk) d loss / d hidden is summed over the ranks,
+            chunk by chunk, beside the products that follow.
 
     Returns:
         As :func:`token_logprobs`: shape ``S``, float32 (float64 for float64).
@@ -366,6 +403,7 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         rows=rows,
         compact=compact,
         keep=keep,
+        process_group=process_group,
         validate=validate,
         backend=backend,
     )
@@ -376,6 +414,6 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
 def linear_logprobs(x: LinearInputs, with_entropy: bool, mode: str | None = None) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy ``[N]`` (empty if not wanted) of checked inputs."""
     frozen = freezes_head(x.needs_grad(), mode)
-    *tensors, scale, cap, logits_dtype, chunk, compact, validate, backend = x
-    logprob, entropy = LinearLogprobs.apply(*tensors, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend)
+    *tensors, scale, cap, logits_dtype, chunk, compact, validate, backend, shard = x
+    logprob, entropy = LinearLogprobs.apply(*tensors, scale, cap, logits_dtype, chunk, with_entropy, frozen, compact, validate, backend, shard)
     return logprob, entropy

@@ -411,18 +411,18 @@ def test_opcheck(backend, device):
     h, w, b = problem.hidden.view(-1, H), problem.weight, problem.bias
     ids, live, rows = problem.ids.flatten(), problem.mask.flatten(), torch.arange(4, 12, device=device)
     common = (1.0, 30.0, torch.float32, 5)
-    torch.library.opcheck(linear_ops.linear_logprobs_op, (h, w, b, ids, live, None, rows, None, None, *common, True, True, False, True, backend))
+    torch.library.opcheck(linear_ops.linear_logprobs_op, (h, w, b, ids, live, None, rows, None, None, *common, True, True, False, True, backend, ""))
     lp, entropy, row_max, log2_sum, _ = linear_ops.linear_logprobs_op(
-        h, w, b, ids, live, None, None, None, None, *common, True, False, False, True, backend
+        h, w, b, ids, live, None, None, None, None, *common, True, False, False, True, backend, ""
     )
     torch.library.opcheck(
         linear_ops.linear_logprobs_backward_op,
-        (lp, entropy, h, w, b, ids, live, None, None, None, None, entropy, row_max, log2_sum, *common, True, True, True, False, backend),
+        (lp, entropy, h, w, b, ids, live, None, None, None, None, entropy, row_max, log2_sum, *common, True, True, True, False, backend, ""),
     )
     terms = [problem.old.flatten(), problem.advantages.flatten(), None, None, None, None, torch.ones(18, device=device), None]
     torch.library.opcheck(
         linear_ops.linear_policy_gradients_op,
-        (h, w, b, ids, live, None, None, None, None, *terms, Config().text, *common, True, True, True, True, False, True, backend),
+        (h, w, b, ids, live, None, None, None, None, *terms, Config().text, *common, True, True, True, True, False, True, backend, ""),
     )
     options = (Config().text, 1.0, None, True, True, backend)
     torch.library.opcheck(fused_ops.policy_gradients_op, (problem.logits(), ids, live, None, *terms, *options))

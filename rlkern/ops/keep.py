@@ -49,7 +49,7 @@ def _triton_restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Te
 def restrict_op(logits: Tensor, offsets: Tensor, token_ids: Tensor, backend: str) -> Tensor:
     """The logits where kept, -inf elsewhere: a new, contiguous tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    restrict_into(out.view(-1, logits.shape[-1]), logits, offsets, token_ids, None, backend)
+    restrict_into(out.flatten(0, -2), logits, offsets, token_ids, None, backend)
     return out
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .fused import PolicyRows
 from .keep import restrict_into
 from .logits import Rows, Statistics, check_ids, live_rows
+from .shards import Shard
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ class Head:
     token_ids: Tensor | None
     backend: str
     live: Tensor | None = None  # [N]: hidden states of other rows, which may be anything, count as 0; None: all that take part are live
+    part: Shard | None = None  # of the vocabulary; its padding takes no part
 
     rows: int = field(init=False)
     size: int = field(init=False)
@@ -75,6 +77,9 @@ class Head:
         self.operand = torch.promote_types(self.hidden.dtype, self.weight.dtype)
         if self.hidden.device.type == "cpu" and self.logits_dtype != self.operand:
             self.operand = self.logits_dtype  # a CPU has no products of mixed precision
+        if self.part is not None:
+            columns = min(self.weight.shape[0], max(self.part.total - self.part.first, 0))
+            self.weight, self.bias = self.weight[:columns], None if self.bias is None else self.bias[:columns]
         self.weight = self.weight.to(self.operand)
         self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)
         self.restricted = None if self.token_ids is None else torch.empty_like(self.buffer)
@@ -109,26 +114,39 @@ class Head:
 
 
 class Gradients:
-    """d loss / d hidden, weight and bias, gathered chunk by chunk; those of weight and bias in float32 at least."""
+    """d loss / d hidden, weight and bias, gathered chunk by chunk; those of weight and bias in float32 at least.
+
+    Of a head that is divided among ranks, each has its own part of the latter two; the sum over the ranks for a chunk of the first runs beside the
+    products that follow.
+    """
 
     def __init__(self, head: Head, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
         self.head = head
+        self.sums: list[tuple[Any, slice | Tensor | None, Tensor]] = []  # (work, where its result goes in hidden; None: it is there, result)
         hidden, weight, dtype = head.hidden, head.weight, torch.promote_types(head.operand, torch.float32)
         self.hidden = (torch.empty if head.index is None else torch.zeros)(
             hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device
         )
-        self.weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=weight.device)
-        self.bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=dtype, device=weight.device)
+        rows = weight.shape[0] if head.part is None else head.part.size
+        self.whole_weight = torch.empty((rows, weight.shape[1]) if needs_weight else (0,), dtype=dtype, device=weight.device)
+        self.whole_bias = torch.zeros(rows if needs_bias else 0, dtype=dtype, device=weight.device)
+        self.weight, self.bias = self.whole_weight[: weight.shape[0]], self.whole_bias[: weight.shape[0]]  # without padding
         self.started = False
 
     def add(self, where: slice | Tensor, h: Tensor, grad_logits: Tensor) -> None:
         """Take in the rows ``where`` of hidden, given their hidden states and d loss / d logits."""
         grad = grad_logits.to(self.head.operand)
         if self.hidden.numel():
-            if isinstance(where, slice) and self.hidden.dtype == self.head.operand:
-                product(grad, self.head.weight, self.hidden[where])
+            there = isinstance(where, slice) and self.hidden.dtype == self.head.operand
+            if there:
+                part = self.hidden[where]
+                product(grad, self.head.weight, part)
             else:
-                self.hidden[where] = (grad @ self.head.weight).to(self.hidden.dtype)
+                part = (grad @ self.head.weight).to(self.hidden.dtype)
+            if self.head.part is not None:
+                self.sums.append((self.head.part.start_sum(part), None if there else where, part))
+            elif not there:
+                self.hidden[where] = part
         if self.weight.numel():
             product(grad.t(), h, self.weight, accumulate=self.started)
         if self.bias.numel():
@@ -137,10 +155,15 @@ class Gradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three, empty where not wanted; zero where nothing was added."""
+        for work, where, part in self.sums:
+            work.wait()
+            if where is not None:
+                self.hidden[where] = part
         if not self.started:
             self.hidden.zero_()
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        self.whole_weight[len(self.weight) :] = 0
+        return self.hidden, self.whole_weight, self.whole_bias
 
 
 # ---- rows that take part --------------------------------------------------------------------------------------------------------------------
@@ -177,10 +200,17 @@ def spread_all(x: Statistics, index: Tensor | None, rows: int, with_entropy: boo
 
 
 def rows_at(
-    index: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: Tensor | None, scale: float, cap: float | None, backend: str
+    index: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    cap: float | None,
+    backend: str,
+    shard: Shard | None,
 ) -> Rows:
     """What is asked of the rows that take part."""
-    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    rows = Rows(ids, mask, temperature, scale, cap, backend, shard)
     return rows if index is None else rows.at(index)
 
 
@@ -207,29 +237,37 @@ def linear_logprobs_op(
     compact: bool,
     validate: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row maximum, log2 of the sum, J = d logprob / d hidden) of ``hidden [N, H]`` and ``ids [N]``; empty where not wanted."""
+    part = Shard.from_text(shard)
     if validate:
-        check_ids(ids, mask, weight.shape[0])
+        check_ids(ids, mask, weight.shape[0] if part is None else part.total)
     index = taking_part(live_rows(ids, mask), rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend)
-    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, part=part)
+    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend, part)
     out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     jacobian = Gradients(head, with_jacobian, False, False)
     ones = torch.ones_like(out.logprob)
+    states = []  # of a part of the vocabulary: where nothing else is made of a chunk, all go into one collective
     for at in head.chunks():
         h, logits = head.forward(at)
         here, statistics = per_row.at(at), out.at(at)
+        if part is not None and not with_jacobian:
+            states.append(here.states(logits, with_entropy))
+            continue
         here.statistics(logits, statistics)
         if with_jacobian:
             here.gradient(logits, logits, ones[at], None, statistics)
             jacobian.add(head.where(at), h, logits)
+    if states:
+        per_row.finish(torch.cat(states), out)
     return *spread_all(out, index, ids.numel(), with_entropy), jacobian.results()[0]
 
 
 @linear_logprobs_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    logits_dtype, _, with_entropy, with_jacobian, *_ = args[-7:]
+    logits_dtype, _, with_entropy, with_jacobian, *_ = args[-8:]
     statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)
     return *statistics, hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
@@ -259,12 +297,14 @@ def linear_logprobs_backward_op(
     needs_bias: bool,
     compact: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d (hidden, weight, bias) by making the logits again; empty where not needed, those of weight and bias in float32 at least."""
+    part = Shard.from_text(shard)
     live = live_rows(ids, mask) & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs_weight and not compact else None)
-    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs_weight and not compact else None, part)
+    per_row = rows_at(index, ids, mask, temperature, scale, cap, backend, part)
     a, b = pick(grad_logprob, index), pick_optional(grad_entropy, index)
     saved = Statistics(grad_logprob, entropy, row_max, log2_sum)
     saved = saved if index is None else saved.at(index)
@@ -290,7 +330,7 @@ def empty_gradients(
 
 @linear_logprobs_backward_op.register_fake
 def _(grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    logits_dtype, _, *needs = args[-7:-2]
+    logits_dtype, _, *needs = args[-8:-3]
     return empty_gradients(hidden, weight, logits_dtype, *needs)
 
 
@@ -318,6 +358,7 @@ class LinearLogprobs(torch.autograd.Function):
         compact: bool,
         validate: bool,
         backend: str,
+        shard: str,
     ) -> tuple[Tensor, Tensor]:
         logprob, entropy, row_max, log2_sum, jacobian = linear_logprobs_op(
             hidden,
@@ -338,6 +379,7 @@ class LinearLogprobs(torch.autograd.Function):
             compact,
             validate,
             backend,
+            shard,
         )
         recomputes = with_entropy or not frozen
         ctx.save_for_backward(
@@ -355,7 +397,7 @@ class LinearLogprobs(torch.autograd.Function):
         )
         ctx.frozen = frozen
         ctx.options = (scale, cap, logits_dtype, chunk)
-        ctx.compact, ctx.backend = compact, backend
+        ctx.compact, ctx.backend, ctx.shard = compact, backend, shard
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if not with_entropy:
@@ -369,7 +411,7 @@ class LinearLogprobs(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if entropy.numel() == 0:
             grad_entropy = None
-        grads: list[Tensor | None] = [None] * 18
+        grads: list[Tensor | None] = [None] * 19
         if ctx.frozen and grad_logprob is not None:
             upstream = torch.where(live_rows(ids, mask), grad_logprob, 0.0).unsqueeze(1)
             grads[0] = (upstream * jacobian).to(jacobian.dtype)
@@ -397,6 +439,7 @@ class LinearLogprobs(torch.autograd.Function):
             *needs,
             ctx.compact,
             ctx.backend,
+            ctx.shard,
         )
         if needs[0]:
             grads[0] = dh if grads[0] is None else grads[0] + dh
@@ -429,6 +472,7 @@ def gradients_in_forward(
     compact: bool,
     validate: bool,
     backend: str,
+    part: Shard | None,
     slopes: Callable[[slice | Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, d loss / d hidden, weight, bias); ``slopes(rows, logprob, entropy)`` gives d loss / d (logprob, entropy) of some rows.
@@ -436,10 +480,10 @@ def gradients_in_forward(
     ``live`` is the whole mask.
     """
     if validate:
-        check_ids(ids, live, weight.shape[0])
+        check_ids(ids, live, weight.shape[0] if part is None else part.total)
     index = taking_part(live, rows, compact)
-    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs[1] and not compact else None)
-    per_row = rows_at(index, ids, live, temperature, scale, cap, backend)
+    head = Head(hidden, weight, bias, logits_dtype, chunk, index, offsets, token_ids, backend, live if needs[1] and not compact else None, part)
+    per_row = rows_at(index, ids, live, temperature, scale, cap, backend, part)
     out = Statistics.empty(head.buffer, (head.rows,), with_entropy)
     gradients = Gradients(head, *needs)
     if compact:  # chunks leave rows out, also where all are live
@@ -494,6 +538,7 @@ def linear_policy_gradients_op(
     compact: bool,
     validate: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, and d loss / d (hidden, weight, bias)) for  loss = sum loss_weights * per-token loss + sum entropy_weights * entropy.
 
@@ -505,12 +550,23 @@ def linear_policy_gradients_op(
         a = terms.of(rows).slope(logprob, live[rows], config, backend).mul_(loss_weights[rows])
         return a, None if entropy_weights is None else entropy_weights[rows]
 
-    options = (scale, cap, logits_dtype, chunk, with_entropy, (needs_hidden, needs_weight, needs_bias), compact, validate, backend)
+    options = (
+        scale,
+        cap,
+        logits_dtype,
+        chunk,
+        with_entropy,
+        (needs_hidden, needs_weight, needs_bias),
+        compact,
+        validate,
+        backend,
+        Shard.from_text(shard),
+    )
     return gradients_in_forward(hidden, weight, bias, ids, live, temperature, rows, offsets, token_ids, *options, slopes)
 
 
 @linear_policy_gradients_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    logits_dtype, _, with_entropy, *needs = args[-9:-3]
+    logits_dtype, _, with_entropy, *needs = args[-10:-4]
     statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)
     return statistics.logprob, statistics.entropy, *empty_gradients(hidden, weight, logits_dtype, *needs)

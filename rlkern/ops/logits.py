@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import device_of
 from .._checks import state_dtype
+from .shards import Shard, merged
 
 IGNORE_INDEX = -100
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,9 +21,9 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # ---- rows -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """``[..., V]`` as ``[outer, inner, V]``: a view where unit stride and two row strides can say it (any slice of [batch, time, V]), else a copy."""
-    levels: list[list[int]] = []  # [size, stride], outermost first
+def row_levels(x: Tensor) -> list[list[int]] | None:
+    """[size, stride] of the two dimensions that all but the last of ``x`` amount to, outermost first; None if it takes more, or columns lie apart."""
+    levels: list[list[int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
             continue
@@ -31,8 +32,15 @@ def as_rows(x: Tensor) -> Tensor:
         else:
             levels.append([size, stride])
     if len(levels) > 2 or (x.stride(-1) != 1 and x.shape[-1] > 1):
-        return x.reshape(1, -1, x.shape[-1])
-    levels = [[1, 0]] * (2 - len(levels)) + levels
+        return None
+    return [[1, 0]] * (2 - len(levels)) + levels
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., V]`` as ``[outer, inner, V]``: a view where unit stride and two row strides can say it (any slice of [batch, time, V]), else a copy."""
+    levels = row_levels(x)
+    if levels is None:
+        return x.contiguous().flatten(0, -2).unsqueeze(0)
     (outer, outer_stride), (inner, inner_stride) = levels
     return x.as_strided((outer, inner, x.shape[-1]), (outer_stride, inner_stride, 1))
 
@@ -83,6 +91,7 @@ class Rows:
     scale: float  # logit_scale / T, or logit_scale where there is a temperature for each row
     cap: float | None
     backend: str
+    shard: Shard | None = None  # which part of the vocabulary the logits are; None: all of it
 
     def at(self, index: slice | Tensor) -> Rows:
         """Those of some rows."""
@@ -98,10 +107,48 @@ class Rows:
         mask, temperature = (None if x is None else x.contiguous() for x in (self.mask, self.temperature))
         return self.ids.contiguous(), mask, temperature
 
+    def bits(self) -> float | Tensor:
+        """log2(e) logit_scale / T: a number, or one for each row in float64."""
+        return _LOG2E * (self.scale if self.temperature is None else self.scale / self.temperature.flatten().double())
+
+    def columns(self, logits: Tensor) -> tuple[int, int, int]:
+        """(first token, number of columns that are tokens, size of the vocabulary) of these logits."""
+        if self.shard is None:
+            return 0, logits.shape[-1], logits.shape[-1]
+        return self.shard.first, min(logits.shape[-1], max(self.shard.total - self.shard.first, 0)), self.shard.total
+
+    def targets(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat: whether the id is in the vocabulary, whether it is one of these columns, and which one; 0 where it is not."""
+        first, columns, total = self.columns(logits)
+        token = self.ids.flatten()
+        here = (token >= first) & (token < first + columns)
+        return (token >= 0) & (token < total), here, torch.where(here, token - first, 0).long()
+
     def statistics(self, logits: Tensor, out: Statistics) -> None:
         """Fill ``out``, contiguous and of the shape of the ids."""
-        if self.ids.numel():
+        if not self.ids.numel():
+            return
+        if self.shard is not None:
+            self.finish(self.states(logits, out.entropy.numel() > 0), out)
+        else:
             (_triton_forward if self.backend == "triton" else _torch_forward)(logits, self, out)
+
+    def states(self, logits: Tensor, with_entropy: bool) -> Tensor:
+        """``[n, 4]`` for these columns alone: maximum, sums of 2^d and of 2^d d (see kernels/softmax.py), and the target if it is here, else 0."""
+        return (_triton_states if self.backend == "triton" else _torch_states)(logits, self, with_entropy)
+
+    def finish(self, states: Tensor, out: Statistics) -> None:
+        """Fill ``out`` from the states of all shards, by one collective."""
+        assert self.shard is not None
+        m, s, t, x = self.shard.gather(states).double().unbind(-1)
+        top, s, t = merged(m, s, t, self.bits())
+        inside, live = self.targets(states.new_empty(0, self.shard.size))[0], self.live().flatten()
+        logprob = torch.where(inside, (x.sum(0) - top) * self.bits() / _LOG2E - s.log(), torch.nan)
+        found = {"logprob": logprob, "row_max": top, "log2_sum": s.log2()}
+        if out.entropy.numel():
+            found["entropy"] = torch.where(inside, s.log() - t / s / _LOG2E, torch.nan)
+        for name, value in found.items():
+            getattr(out, name).view(-1).copy_(torch.where(live, value, 0.0))
 
     def gradient(self, out: Tensor, logits: Tensor, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
         """Fill ``out``, which may be ``logits``, with d loss / d logits, given a = d loss / d logprob and b = d loss / d entropy.
@@ -175,14 +222,58 @@ def _triton_forward(logits: Tensor, rows: Rows, out: Statistics) -> None:
             kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), num_warps=1)
 
 
+def _triton_states(logits: Tensor, rows: Rows, with_entropy: bool) -> Tensor:
+    from ..kernels import logits as kernels
+
+    x, n = as_rows(logits), rows.ids.numel()
+    _, columns, _ = rows.columns(logits)
+    config = RowConfig.of(logits.shape[-1], x.element_size())
+    segments = max(1, -(-columns // config.segment))
+    partial = torch.zeros(n, segments, 3, dtype=torch.float32, device=x.device)
+    with device_of(x):
+        kernels.statistics_kernel[(n * segments,)](
+            x,
+            *rows.contiguous(),
+            *(None,) * 4,
+            partial,
+            columns,
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            segments,
+            rows.scale,
+            rows.cap,
+            ENTROPY=with_entropy,
+            SEGMENT=config.segment,
+            BLOCK=config.block,
+            STAGES=config.stages,
+            num_warps=config.warps,
+        )
+    m, s, t = partial.double().movedim(1, 0).unbind(-1)
+    return _with_target(torch.stack(merged(m, s, t, rows.bits()), -1).float(), logits, rows)
+
+
+def _with_target(state: Tensor, logits: Tensor, rows: Rows) -> Tensor:
+    """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it, or the row is dead."""
+    _, here, column = rows.targets(logits)
+    x = as_rows(logits)
+    at = torch.arange(here.numel(), device=x.device)
+    wanted = here & rows.live().flatten()
+    chosen = x[at // x.shape[1], at % x.shape[1], column] if x.shape[-1] else state.new_zeros(here.numel())
+    chosen = torch.where(wanted, chosen.to(state.dtype), 0.0)
+    return torch.cat([state, torch.where(wanted, soft_capped(chosen, rows.cap, torch.empty_like(chosen)), 0.0).unsqueeze(1)], 1)
+
+
 def _triton_backward(out: Tensor, logits: Tensor, rows: Rows, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
     from ..kernels import logits as kernels
 
     x = as_rows(logits)
     dx = as_rows(out).view(x.shape)  # a new tensor is of one level, but the kernel splits row numbers once
-    vocabulary = x.shape[-1]
-    config = RowConfig.of(vocabulary, x.element_size())
-    blocks = -(-vocabulary // config.block)
+    first, columns, total = rows.columns(logits)
+    config = RowConfig.of(x.shape[-1], x.element_size())
+    blocks = -(-columns // config.block)
+    if columns < x.shape[-1]:  # padding of the vocabulary
+        dx[..., columns:] = 0
     with device_of(x):
         kernels.backward_kernel[(rows.ids.numel() * blocks,)](
             x,
@@ -193,7 +284,9 @@ def _triton_backward(out: Tensor, logits: Tensor, rows: Rows, a: Tensor, b: Tens
             statistics.log2_sum,
             a.contiguous(),
             None if b is None else b.contiguous(),
-            vocabulary,
+            columns,
+            first,
+            total,
             x.shape[1],
             x.stride(0),
             x.stride(1),
@@ -265,44 +358,57 @@ def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, n:
     return (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1).expand(n, 1)
 
 
-def _torch_forward(logits: Tensor, per_row: Rows, out: Statistics) -> None:
-    flat, scale, cap = per_row.ids.flatten(), per_row.scale, per_row.cap
-    inside = (flat >= 0) & (flat < logits.shape[-1])
-    target = torch.where(inside, flat, 0).long()
-    logprob, entropy, row_max, log2_sum = (o.view(-1) for o in out)
-    for o in out:
-        o.zero_()
-    chunks = Chunks(as_rows(logits), per_row.live().flatten(), state_dtype(logits))
+def _torch_states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
+    _, columns, _ = per_row.columns(logits)
+    scale, cap, dtype = per_row.scale, per_row.cap, state_dtype(logits)
+    state = torch.zeros(per_row.ids.numel(), 3, dtype=dtype, device=logits.device)
+    m, s, t = state.unbind(1)
+    if columns == 0:
+        m.fill_(-torch.inf)
+        return _with_target(state, logits, per_row)
+    chunks = Chunks(as_rows(logits)[..., :columns], per_row.live().flatten(), dtype)
     for rows, raw in chunks:
         n = raw.shape[0]
-        live = target[rows].numel()
+        live = m[rows].numel()
         buffer = chunks.buffer[:n]
-        c = row_scale(scale, per_row.temperature, rows, n, buffer.dtype)
         x = soft_capped(raw, cap, buffer)
-        m = x.amax(-1, keepdim=True)
-        x_target = x[:live].gather(-1, target[rows].unsqueeze(1)).squeeze(1)
-        d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer).mul_(c * _LOG2E)
-        if entropy.numel():
+        top = x.amax(-1, keepdim=True)
+        c = row_scale(scale, per_row.temperature, rows, n, dtype)
+        d = torch.sub(x, top.masked_fill(top == -torch.inf, 0.0), out=buffer).mul_(c * _LOG2E)
+        m[rows] = top[:live, 0]
+        if with_entropy:
             e = torch.exp2(d)
-            s = e.sum(-1)
-            entropy[rows] = (s.log() - e.mul_(d.clamp_(min=_LOWEST)).sum(-1).div_(s) / _LOG2E)[:live].masked_fill_(~inside[rows], torch.nan)
+            s[rows] = e.sum(-1)[:live]
+            t[rows] = e.mul_(d.clamp_(min=_LOWEST)).sum(-1)[:live]
         else:
-            s = d.exp2_().sum(-1)
-        c = c if isinstance(c, float) else c[:live, 0]
-        lp = (x_target - m[:live, 0]) * c - s[:live].log()
-        logprob[rows] = lp.masked_fill_(~inside[rows], torch.nan)
-        row_max[rows] = m[:live, 0]
-        log2_sum[rows] = s[:live].log2()
+            s[rows] = d.exp2_().sum(-1)[:live]
+    return _with_target(state, logits, per_row)
+
+
+def _torch_forward(logits: Tensor, per_row: Rows, out: Statistics) -> None:
+    inside, live = per_row.targets(logits)[0], per_row.live().flatten()
+    m, s, t, x = _torch_states(logits, per_row, out.entropy.numel() > 0).unbind(1)
+    c = per_row.scale if per_row.temperature is None else per_row.scale / per_row.temperature.flatten().to(m.dtype)
+    log_s = s.log()
+    out.logprob.view(-1).copy_(torch.where(inside, (x - m) * c - log_s, torch.nan).masked_fill_(~live, 0.0))
+    out.row_max.view(-1).copy_(m)
+    out.log2_sum.view(-1).copy_(s.log2().masked_fill_(~live, 0.0))
+    if out.entropy.numel():
+        out.entropy.view(-1).copy_(torch.where(inside, log_s - t / s / _LOG2E, torch.nan).masked_fill_(~live, 0.0))
 
 
 def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
-    x, dx = as_rows(logits), as_rows(out)
-    flat, scale, cap = per_row.ids.flatten(), per_row.scale, per_row.cap
+    _, columns, _ = per_row.columns(logits)
+    if columns < logits.shape[-1]:  # padding of the vocabulary
+        out[..., columns:] = 0
+    x, dx = as_rows(logits)[..., :columns], as_rows(out)[..., :columns]
+    if columns == 0:
+        return
+    scale, cap = per_row.scale, per_row.cap
     a, b = a.flatten(), None if b is None else b.flatten()
     live = per_row.live().flatten() & ((a != 0) if b is None else (a != 0) | (b != 0))
-    inside = (flat >= 0) & (flat < x.shape[-1])
+    inside, here, target = per_row.targets(logits)
     a = a.masked_fill(~inside, torch.nan)
-    target = torch.where(inside, flat, 0).long()
     h, m, log2_s = (t.reshape(-1, 1) for t in statistics[1:])
     chunks = Chunks(x, live, state_dtype(logits))
     for rows, raw in chunks:
@@ -316,7 +422,7 @@ def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Te
         # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
         z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
         # With z = -inf the gradient is 0, unless the row's statistics are not finite.
-        hit = upstream.masked_fill(z.gather(-1, at) == -torch.inf, 0.0)
+        hit = upstream.masked_fill((z.gather(-1, at) == -torch.inf) | ~here[rows].unsqueeze(1) & inside[rows].unsqueeze(1), 0.0)
         slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
         t = torch.sub(z, m[rows], out=buffer).mul_(c * _LOG2E).sub_(log2_s[rows])
         if b is None:
@@ -347,18 +453,20 @@ def token_logprobs_op(
     with_entropy: bool,
     validate: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:class:`Statistics`, each of the shape of ``ids``."""
+    rows = Rows(ids, mask, temperature, scale, cap, backend, Shard.from_text(shard))
     if validate:
-        check_ids(ids, mask, logits.shape[-1])
+        check_ids(ids, mask, rows.columns(logits)[2])
     out = Statistics.empty(logits, ids.shape, with_entropy)
-    Rows(ids, mask, temperature, scale, cap, backend).statistics(logits, out)
+    rows.statistics(logits, out)
     return out.logprob, out.entropy, out.row_max, out.log2_sum
 
 
 @token_logprobs_op.register_fake
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(Statistics.empty(logits, ids.shape, args[-3]))
+    return tuple(Statistics.empty(logits, ids.shape, args[-4]))
 
 
 @torch.library.custom_op("rlkern::token_logprobs_backward", mutates_args=())
@@ -375,10 +483,11 @@ def token_logprobs_backward_op(
     scale: float,
     cap: float | None,
     backend: str,
+    shard: str,
 ) -> Tensor:
     """d loss / d logits in a new tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    rows = Rows(ids, mask, temperature, scale, cap, backend, Shard.from_text(shard))
     rows.gradient(out, logits, grad_logprob, grad_entropy, Statistics(grad_logprob, entropy, row_max, log2_sum))
     return out
 
@@ -402,9 +511,10 @@ def token_logprobs_backward_inplace_op(
     scale: float,
     cap: float | None,
     backend: str,
+    shard: str,
 ) -> None:
     """d loss / d logits, written over ``logits``."""
-    rows = Rows(ids, mask, temperature, scale, cap, backend)
+    rows = Rows(ids, mask, temperature, scale, cap, backend, Shard.from_text(shard))
     rows.gradient(logits, logits, grad_logprob, grad_entropy, Statistics(grad_logprob, entropy, row_max, log2_sum))
 
 
@@ -424,10 +534,11 @@ class TokenLogprobs(torch.autograd.Function):
         inplace_backward: bool,
         validate: bool,
         backend: str,
+        shard: str,
     ) -> tuple[Tensor, Tensor]:
-        logprob, entropy, row_max, log2_sum = token_logprobs_op(logits, ids, mask, temperature, scale, cap, with_entropy, validate, backend)
+        logprob, entropy, row_max, log2_sum = token_logprobs_op(logits, ids, mask, temperature, scale, cap, with_entropy, validate, backend, shard)
         ctx.save_for_backward(logits, ids, mask, temperature, entropy, row_max, log2_sum)
-        ctx.scale, ctx.cap, ctx.inplace, ctx.backend = scale, cap, inplace_backward, backend
+        ctx.scale, ctx.cap, ctx.inplace, ctx.backend, ctx.shard = scale, cap, inplace_backward, backend, shard
         ctx.set_materialize_grads(False)
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -440,11 +551,12 @@ class TokenLogprobs(torch.autograd.Function):
         if entropy.numel() == 0:
             grad_entropy = None
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 10
+            return (None,) * 11
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(row_max)
-        args = (grad_logprob, grad_entropy, logits, ids, mask, temperature, entropy, row_max, log2_sum, ctx.scale, ctx.cap, ctx.backend)
+        options = (ctx.scale, ctx.cap, ctx.backend, ctx.shard)
+        args = (grad_logprob, grad_entropy, logits, ids, mask, temperature, entropy, row_max, log2_sum, *options)
         if ctx.inplace:
             token_logprobs_backward_inplace_op(*args)
-            return (logits.detach(),) + (None,) * 9
-        return (token_logprobs_backward_op(*args),) + (None,) * 9
+            return (logits.detach(),) + (None,) * 10
+        return (token_logprobs_backward_op(*args),) + (None,) * 10

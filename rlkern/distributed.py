@@ -1,0 +1,123 @@
+"""Vocabularies divided among ranks: what ``process_group=`` takes, beside a plain group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._checks import check_number
+from .ops.shards import Shard, gathered
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The part of a vocabulary that this rank of ``group`` holds: ``size`` rows of the head (or columns of the logits), from token ``first`` on, of a
+    vocabulary of ``total``. Those beyond ``total`` are padding: they count as absent, and their gradient is 0."""
+
+    group: dist.ProcessGroup
+    first: int
+    size: int
+    total: int
+
+    @classmethod
+    def of(cls, size: int, group: dist.ProcessGroup, *, vocab_size: int | None = None, device: torch.device | str = "cpu") -> VocabShard:
+        """Ask all ranks for their sizes, which may differ; in the order of the ranks they make up the vocabulary. One collective: do it once.
+
+        Args:
+            size: rows of the head on this rank.
+            group: the ranks among which the head is divided; each calls this.
+            vocab_size: the number of tokens, where the sizes add up to more. None: there is no padding.
+            device: of the tensors that the group exchanges: "cuda" for NCCL.
+
+        Raises:
+            TypeError, ValueError: for bad arguments; on every rank, where the ranks disagree on ``vocab_size``.
+        """
+        check_group(group)
+        for name, x in (("size", size), ("vocab_size", vocab_size)):
+            if x is not None and check_number(name, x, at_least=0) != int(x):
+                raise ValueError(f"{name} must be a whole number, got {x}")
+        mine = torch.tensor([size, -1 if vocab_size is None else vocab_size], dtype=torch.int64, device=device)
+        sizes, totals = gathered(mine, group).t().tolist()
+        if len(set(totals)) > 1:
+            raise ValueError(f"vocab_size must be the same on all ranks, got {[None if t < 0 else t for t in totals]}")
+        if vocab_size is not None and sum(sizes) < vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}, but the ranks hold {sizes}, which is {sum(sizes)} in all")
+        rank = dist.get_rank(group)
+        return cls(group, sum(sizes[:rank]), size, sum(sizes) if vocab_size is None else vocab_size)
+
+
+ProcessGroup = dist.ProcessGroup | VocabShard | None
+
+
+def check_group(group: Any) -> None:
+    """Check that this process is one of a process group."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not a member of process_group")
+
+
+def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
+    """Which part of the vocabulary ``size`` local columns are. By a plain group, all ranks hold as many, without padding."""
+    if process_group is None:
+        return None
+    if isinstance(process_group, VocabShard):
+        s = process_group
+        if s.size != size:
+            raise ValueError(f"the VocabShard is of {s.size} tokens, but the tensor has {size}")
+        return Shard.of(s.first, size, s.total, s.group)
+    check_group(process_group)
+    ranks = dist.get_world_size(process_group)
+    return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
+
+
+def local(name: str, x: Tensor, dim: int, process_group: Any) -> tuple[Tensor, Any]:
+    """A DTensor that is divided along ``dim`` as its local part and a VocabShard; replicated, as it is, whole. Other tensors pass, with the group."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return x, process_group
+    from torch.distributed.tensor import DTensor  # takes its time to import
+
+    if not isinstance(x, DTensor):
+        return x, process_group
+    dim %= x.dim()
+    mesh, sharded = x.device_mesh, [i for i, p in enumerate(x.placements) if not p.is_replicate()]
+    if any(not x.placements[i].is_shard(dim) for i in sharded) or len(sharded) > 1:
+        raise ValueError(f"{name} must be replicated, or divided along dimension {dim} of one mesh dimension; its placements are {x.placements}")
+    if not sharded:
+        return x.to_local(), process_group
+    if process_group is not None:
+        raise ValueError(f"{name} is a DTensor, which says itself how it is divided: process_group must be None")
+    group, total = mesh.get_group(sharded[0]), x.shape[dim]
+    part = x.to_local()
+    share = -(-total // dist.get_world_size(group))  # as torch.chunk divides
+    return part, VocabShard(group, min(dist.get_rank(group) * share, total), part.shape[dim], total)
+
+
+def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, width: int) -> None:
+    """ValueError on every rank unless all have the same tokens, and parts that follow each other. One collective and a synchronisation."""
+    counted = ids.flatten().long() if mask is None else torch.where(mask.flatten() != 0, ids.flatten().long(), -1)
+    weights = torch.arange(1, counted.numel() + 1, device=ids.device)  # a sum that depends on the order
+    shape = [*ids.shape, 0, 0, 0, 0][:4]
+    mine = torch.tensor([shard.first, shard.size, shard.total, width, ids.numel(), *shape, 0], dtype=torch.int64, device=ids.device)
+    mine[-1] = ((counted * weights) % 2147483647).sum()
+    everyone = shard.gather(mine).tolist()
+    for what, column in (("a vocabulary", 2), ("a hidden width", 3), ("a number of tokens", 4)):
+        values = [row[column] for row in everyone]
+        if len(set(values)) > 1:
+            raise ValueError(f"the ranks of process_group differ in {what}: {values}")
+    if any(row[5:] != everyone[0][5:] for row in everyone):
+        raise ValueError("the ranks of process_group differ in ids or mask; each needs all tokens, and the part of the vocabulary that is its own")
+    at = 0
+    for rank, (first, size, total, *_) in enumerate(everyone):
+        if min(first, total) != min(at, total):
+            raise ValueError(
+                f"the parts of the vocabulary do not follow each other: rank {rank} begins at {first}, but those before it end at {at}; "
+                f"sizes {[row[1] for row in everyone]}. Where they differ, pass VocabShard.of(size, group)"
+            )
+        at = first + size
+    if at < shard.total:
+        raise ValueError(f"the parts of the vocabulary end at {at}, before its {shard.total} tokens do")

@@ -1,0 +1,331 @@
+"""Vocabularies divided among ranks: values and all gradients are those of one process, to rounding; every rank gets the same bits."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from judge import assert_accurate
+from ranks import on_ranks
+from torch import Tensor
+
+import rlkern as rk
+from rlkern.surrogates import SURROGATES
+
+nan = float("nan")
+V, H = 23, 8
+# Columns of each rank, with one of padding in all; one rank has nothing.
+SIZES = {2: (12, 12), 3: (5, 11, 8), 4: (9, 0, 8, 7)}
+PRESETS = {
+    name: getattr(rk.PolicyLossConfig, name)(kl_coef=0.1, **({"max_length": 6} if name == "dr_grpo" else {}))
+    for name in (
+        "ppo",
+        "grpo",
+        "dapo",
+        "dr_grpo",
+        "bnpo",
+        "luspo",
+        "gspo",
+        "gspo_token",
+        "cispo",
+        "sapo",
+        "gmpo",
+        "vespo",
+        "dppo",
+        "rloo",
+        "reinforce",
+    )
+} | {"entropy bonus": rk.PolicyLossConfig.grpo(entropy_coef=0.1)}
+
+
+def problem(world: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """[3, 6] tokens, among them the first and last of every rank; NaN where the mask is 0."""
+    g = torch.Generator().manual_seed(world)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    ids = torch.randint(V, (3, 6), generator=g)
+    first = 0
+    for i, size in enumerate(SIZES[world]):
+        if size:
+            ids[i % 3, i // 3], ids[i % 3, 2 + i // 3] = first, min(first + size, V) - 1
+        first += size
+    ids[1, 5] = -100
+    mask = torch.ones(3, 6)
+    mask[2, 4:] = mask[0, 5] = 0
+    hidden, weight, bias = normal(3, 6, H), normal(V, H) / 2, normal(V) / 2
+    lp = torch.log_softmax(hidden @ weight.t() + bias, -1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+    old = lp + 0.2 * normal(3, 6)
+    return {
+        "hidden": hidden.masked_fill(mask[..., None] == 0, nan).to(dtype),
+        "weight": weight.to(dtype),
+        "bias": bias.to(dtype),
+        "ids": ids,
+        "mask": mask,
+        "old": old.masked_fill(mask == 0, nan),
+        "ref": (old + 0.2 * normal(3, 6)).masked_fill(mask == 0, nan),
+        "advantages": normal(3),
+        "temperature": 0.5 + normal(3, 6).abs(),
+        "up": normal(2, 3, 6),
+    }
+
+
+def part(x: Tensor, rank: int, world: int) -> Tensor:
+    """The rank's rows of a tensor over the vocabulary, with NaN in the padding."""
+    padded = torch.cat([x, x.new_full((sum(SIZES[world]) - len(x), *x.shape[1:]), nan)])
+    return padded.split(SIZES[world])[rank]
+
+
+def inputs(p: dict[str, Tensor], rank: int | None, world: int) -> dict[str, Tensor]:
+    """What a rank, or one process for all, differentiates with respect to."""
+    logits = torch.nan_to_num(p["hidden"].float()) @ p["weight"].float().t()
+    leaves = {"hidden": p["hidden"], "weight": p["weight"], "bias": p["bias"], "logits": logits.masked_fill(p["mask"][..., None] == 0, nan)}
+    if rank is not None:
+        leaves["logits"] = part(logits.movedim(-1, 0), rank, world).movedim(0, -1)
+        leaves["weight"], leaves["bias"] = part(p["weight"], rank, world), part(p["bias"], rank, world)
+    return {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+
+
+SCALING = {"softcap": 3.0, "logit_scale": 0.8}
+
+
+def logprobs_of(p: dict[str, Tensor], x: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Log-prob, entropy and their gradient, from logits."""
+    lp, h = rk.token_logprobs(x["logits"], p["ids"], mask=p["mask"], temperature=p["temperature"], with_entropy=True, **SCALING, **options)
+    return [lp, h, *torch.autograd.grad([lp, h], x["logits"], list(p["up"]))]
+
+
+def linear_logprobs_of(p: dict[str, Tensor], x: dict[str, Tensor], *, head: bool, with_entropy: bool, **options: Any) -> list[Tensor]:
+    """The same from hidden states, in chunks of a row or two; ``head``: it takes gradients."""
+    w, b = (x[n] if head else x[n].detach() for n in ("weight", "bias"))
+    options |= {"bias": b, "mask": p["mask"], "temperature": p["temperature"], "chunk_bytes": 70, **SCALING}
+    with torch.no_grad():
+        plain = rk.linear_token_logprobs(x["hidden"], w, p["ids"], with_entropy=with_entropy, **options)
+    found = rk.linear_token_logprobs(x["hidden"], w, p["ids"], with_entropy=with_entropy, **options)
+    outputs = list(found) if with_entropy else [found]
+    wanted = [x["hidden"], x["weight"], x["bias"]] if head else [x["hidden"]]
+    return [*(plain if with_entropy else [plain]), *outputs, *torch.autograd.grad(outputs, wanted, list(p["up"][: len(outputs)]))]
+
+
+def loss_of(
+    p: dict[str, Tensor], x: dict[str, Tensor], config: rk.PolicyLossConfig, *, linear: bool, head: bool = True, **options: Any
+) -> list[Tensor]:
+    """Loss, log-probs, entropies, gradients."""
+    options |= {"mask": p["mask"], "ref_logprobs": p["ref"], "config": config}
+    if linear:
+        w, b = (x[n] if head else x[n].detach() for n in ("weight", "bias"))
+        out = rk.fused_linear_policy_loss(x["hidden"], w, p["ids"], p["old"], p["advantages"], bias=b, **options)
+        wanted = [x["hidden"], x["weight"], x["bias"]] if head else [x["hidden"]]
+    else:
+        out = rk.fused_policy_loss(x["logits"], p["ids"], p["old"], p["advantages"], **options)
+        wanted = [x["logits"]]
+    return [out.loss.detach(), out.logprobs, out.entropy, *torch.autograd.grad(out.loss, wanted)]
+
+
+def everything(p: dict[str, Tensor], x: dict[str, Tensor], process_group: Any = None) -> dict[str, list[Tensor]]:
+    """Every function in every mode, by name; where divided, for the last dimensions that are the rank's own see :func:`assemble`."""
+    options = {"process_group": process_group}
+    found = {"logits": logprobs_of(p, x, **options), "logits, compiled kernels": logprobs_of(p, x, backend="triton", **options)}
+    for head in (True, False):
+        for with_entropy in (True, False):
+            found[f"linear, head {head}, entropy {with_entropy}"] = linear_logprobs_of(p, x, head=head, with_entropy=with_entropy, **options)
+    for name, config in PRESETS.items():
+        found[f"fused {name}"] = loss_of(p, x, config, linear=False, **options)
+        found[f"fused linear {name}"] = loss_of(p, x, config, linear=True, **options)
+    for mode in ("in-forward", "recompute"):
+        found[f"fused linear, {mode}"] = loss_of(p, x, PRESETS["ppo"], linear=True, mode=mode, compact=False, **options)
+    found["fused linear, frozen head"] = loss_of(p, x, PRESETS["gspo"], linear=True, head=False, **options)
+    keep = rk.KeptTokens.from_mask((torch.arange(V) % 3 != 0) | (torch.arange(V) == p["ids"][..., None]))
+    found["kept tokens"] = loss_of(p, x, PRESETS["grpo"], linear=True, keep=keep, **options)
+    found["kept tokens, logits"] = loss_of(p, x, PRESETS["grpo"], linear=False, keep=keep, **options)
+    own = rk.fused_linear_loss(x["hidden"], x["weight"], p["ids"], lambda lp, h: -lp - 0.1 * h, mask=p["mask"], **options)
+    found["own loss"] = [own.loss.detach(), *torch.autograd.grad(own.loss, [x["hidden"], x["weight"]])]
+    return found
+
+
+def on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
+    p = problem(world)
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
+    return {name: [t.detach() for t in tensors] for name, tensors in everything(p, inputs(p, rank, world), shard).items()}
+
+
+def assemble(parts: list[Tensor], whole: Tensor, world: int) -> Tensor:
+    """One tensor of those of the ranks: put together where the vocabulary is a dimension, otherwise the same on all."""
+    for dim in (0, whole.dim() - 1):
+        if whole.dim() and [x.shape[dim] for x in parts] == list(SIZES[world]) and whole.shape[dim] == V:
+            joined = torch.cat(parts, dim)
+            assert not joined.narrow(dim, V, joined.shape[dim] - V).any(), "padding has a gradient"
+            return joined.narrow(dim, 0, V)
+    assert all(torch.equal(x, parts[0]) for x in parts), "ranks differ"
+    return parts[0]
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_equals_one_process(world):
+    p = problem(world)
+    whole = everything(p, inputs(p, None, world))
+    ranks = on_ranks(world, on_a_rank)
+    for name, tensors in whole.items():
+        for i, exact in enumerate(tensors):
+            mine = assemble([r[name][i] for r in ranks], exact, world)
+            try:
+                assert_accurate(mine, exact, eps=1e-6 * max(1.0, float(exact.detach().nan_to_num().abs().max())))
+            except AssertionError as e:
+                raise AssertionError(f"{name}, result {i}: {e}") from e
+
+
+def test_presets_are_all_there():
+    assert {c.surrogate for c in PRESETS.values()} | {"dppo_kl"} == set(SURROGATES)
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------------------------------------
+
+
+def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
+    """How many collectives forward and backward take, by name, when ids are not validated."""
+    p = problem(world)
+    x = inputs(p, rank, world)
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
+    options = {"mask": p["mask"], "process_group": shard, "validate": False}
+    config = rk.PolicyLossConfig.gspo(clip_low=0.9, clip_high=5.0)
+
+    def logprobs() -> Tensor:
+        return rk.token_logprobs(x["logits"], p["ids"], **options)
+
+    def linear(**more: Any) -> Tensor:
+        return rk.linear_token_logprobs(x["hidden"], x["weight"], p["ids"], **options, **more)
+
+    def frozen() -> Tensor:
+        return rk.linear_token_logprobs(x["hidden"], x["weight"].detach(), p["ids"], **options)
+
+    def loss(config: rk.PolicyLossConfig) -> Tensor:
+        return rk.fused_linear_policy_loss(x["hidden"], x["weight"], p["ids"], p["old"], p["advantages"], config=config, **options).loss
+
+    calls = {
+        "logits": logprobs,
+        "linear": linear,
+        "linear in chunks": lambda: linear(chunk_bytes=70),
+        "frozen head": frozen,
+        "sequence-level loss": lambda: loss(config),
+        "token-level loss": lambda: loss(rk.PolicyLossConfig.ppo()),
+    }
+    counts = {}
+
+    def count(name: str, run: Callable[[], Any]) -> Any:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = run()
+        events = [e.name for e in profile.events()]
+        counts[name] = {kind: sum(f"c10d::{kind}" in e for e in events) for kind in ("_allgather_base_", "allreduce_")}
+        return result
+
+    for name, call in calls.items():
+        result = count(f"{name}, forward", call)
+        wanted = x["logits"] if name == "logits" else x["hidden"]
+        count(f"{name}, backward", lambda: torch.autograd.grad(result.sum(), wanted))  # noqa: B023
+    return counts
+
+
+def test_collectives_are_few():
+    gather, reduce, nothing = ({"_allgather_base_": a, "allreduce_": r} for a, r in ((1, 0), (0, 1), (0, 0)))
+    for counts in on_ranks(2, count_on_a_rank):
+        assert counts["logits, forward"] == counts["linear, forward"] == counts["linear in chunks, forward"] == gather
+        assert counts["logits, backward"] == nothing
+        assert counts["linear, backward"] == reduce  # of d loss / d hidden
+        assert counts["sequence-level loss, forward"] == gather
+        assert counts["sequence-level loss, backward"] == reduce
+        for name in ("frozen head", "token-level loss"):  # whose gradients are made in the forward
+            assert counts[f"{name}, forward"] == {"_allgather_base_": 1, "allreduce_": 1}
+            assert counts[f"{name}, backward"] == nothing
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
+    """What each bad set-up says on this rank."""
+    p = problem(world)
+    x = inputs(p, rank, world)
+    world_group = dist.group.WORLD
+    other_ids = p["ids"] if rank else p["ids"].roll(1, 1)
+    attempts = {
+        "sizes differ": lambda: rk.token_logprobs(x["logits"][..., : 12 - rank], p["ids"].clamp(max=9), process_group=world_group),
+        "gap": lambda: rk.token_logprobs(x["logits"], p["ids"], mask=p["mask"], process_group=rk.VocabShard(world_group, 13 * rank, 12, V)),
+        "not all": lambda: rk.token_logprobs(x["logits"], p["ids"], mask=p["mask"], process_group=rk.VocabShard(world_group, 12 * rank, 12, 40)),
+        "other ids": lambda: rk.token_logprobs(x["logits"], other_ids, process_group=world_group),
+        "other tokens": lambda: rk.token_logprobs(x["logits"][: 3 - rank], p["ids"][: 3 - rank], process_group=world_group),
+        "other vocabulary": lambda: rk.VocabShard.of(12, world_group, vocab_size=V + rank),
+        "too few": lambda: rk.VocabShard.of(12, world_group, vocab_size=25),
+        "another shard": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group=rk.VocabShard(world_group, 12 * rank, 11, V)),
+        "id": lambda: rk.token_logprobs(x["logits"], p["ids"] + 15, process_group=world_group),
+        "no group": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group="world"),
+        "not a member": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group=dist.GroupMember.NON_GROUP_MEMBER),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        with pytest.raises((ValueError, TypeError)) as e:
+            attempt()
+        said[name] = str(e.value)
+        dist.barrier()  # nobody is left behind in a collective
+    unchecked = rk.token_logprobs(x["logits"], p["ids"].masked_fill(p["ids"] < 0, V + 40), process_group=world_group, validate=False)
+    assert bool(unchecked[1, 5].isnan())  # beyond every shard: never a plausible number
+    return said
+
+
+def test_bad_set_ups_are_errors_on_every_rank():
+    said = on_ranks(2, fail_on_a_rank)
+    expected = {
+        "sizes differ": "differ in a vocabulary: \\[24, 22\\]",
+        "gap": "rank 1 begins at 13, but those before it end at 12",
+        "not all": "end at 24, before its 40 tokens do",
+        "other ids": "differ in ids or mask",
+        "other tokens": "differ in a number of tokens: \\[18, 12\\]",
+        "other vocabulary": "vocab_size must be the same on all ranks, got \\[23, 24\\]",
+        "too few": "vocab_size is 25, but the ranks hold \\[12, 12\\]",
+        "another shard": "VocabShard is of 11 tokens, but the tensor has 12",
+        "id": "outside the vocabulary \\[0, 24\\)",
+        "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
+        "not a member": "process_group must be",
+    }
+
+    for rank in range(2):
+        assert said[rank].keys() == expected.keys()
+        for name, pattern in expected.items():
+            assert re.search(pattern, said[rank][name]), f"rank {rank}, {name}: {said[rank][name]}"
+
+
+# ---- DTensor --------------------------------------------------------------------------------------------------------------------------------
+
+
+def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    p = problem(world)
+    x = inputs(p, None, world)
+    mesh = init_device_mesh("cpu", (world,))
+    divided = {"hidden": distribute_tensor(torch.nan_to_num(x["hidden"].detach()), mesh, [Replicate()])}
+    divided |= {name: distribute_tensor(x[name].detach(), mesh, [Shard(0)]) for name in ("weight", "bias")}
+    divided["logits"] = distribute_tensor(torch.nan_to_num(x["logits"].detach()), mesh, [Shard(-1)])
+    divided = {name: t.requires_grad_() for name, t in divided.items()}
+    whole = {name: torch.nan_to_num(t.detach()).requires_grad_() for name, t in x.items()}
+    with pytest.raises(ValueError, match="process_group must be None"):
+        rk.token_logprobs(divided["logits"], p["ids"], process_group=dist.group.WORLD)
+    wrong = distribute_tensor(x["weight"].detach(), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match="divided along dimension 0"):
+        rk.linear_token_logprobs(divided["hidden"], wrong, p["ids"])
+    found = {}
+    for linear in (False, True):
+        mine, exact = (loss_of(p, y, PRESETS["grpo"], linear=linear) for y in (divided, whole))
+        found[f"linear {linear}"] = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in mine], exact
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_dtensors_say_how_they_are_divided(world):
+    for found in on_ranks(world, dtensors_on_a_rank):
+        for mine, exact in found.values():
+            for a, b in zip(mine, exact, strict=True):
+                assert_accurate(a, b, eps=2e-6)
