@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 export PIP_USER := 0
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo pipeline test lint bench gpu clean
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
+	@echo "make pipeline  reward model from preferences, then PPO against it (5 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make lint    style and types only"
 	@echo "make bench   benchmarks against PyTorch, TRL and Liger, on a GPU where there is one"
@@ -24,6 +25,9 @@ help:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlkern grpo
+
+pipeline: $(INSTALLED)
+	$(BIN)/python examples/rlhf.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
