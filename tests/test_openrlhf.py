@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from judge import assert_accurate
+from pages import before_and_after
 from safetensors import safe_open
 
 from rlkern.integrations import openrlhf as ours
@@ -78,6 +79,17 @@ def test_advantages(case):
 @cases("logprobs")
 def test_logprobs(case):
     check(case, lambda logits: ours.log_probs_from_logits(logits, INPUTS["labels"], case["temperature"]), "logits")
+
+
+def test_readme():
+    """The program in README, whose numbers before are those recorded."""
+    _, after = before_and_after("README.md", "import PolicyLoss")
+    names = {name: INPUTS[name] for name in ("log_probs", "old_log_probs", "advantages")} | {"action_mask": MASK}
+    exec(after, names)
+    assert_accurate(names["loss"], NUMBERS["policy ppo tokens/result"], eps=1e-5)
+    metrics = next(case["metrics"] for case in CASES if case["name"] == "policy ppo tokens")
+    assert [float(names["clip_fraction"]), float(names["policy_kl"])] == pytest.approx(metrics[:2], abs=1e-5)
+    assert [names["engine_kl"], names["filtered"]] == metrics[2:] == [None, None]
 
 
 def test_without_a_mask():

@@ -1,9 +1,12 @@
 """Hidden states and head of the common decoder families give what the model's own logits give."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from judge import assert_accurate
+from pages import before_and_after
 
 import rlkern as rk
 from rlkern.integrations.transformers import LastHidden, head_of, last_hidden_and_head, unwrap
@@ -80,3 +83,33 @@ def test_wrapped_models():
 def test_no_head_is_an_error():
     with pytest.raises(TypeError, match="Linear has no language-model head"):
         head_of(torch.nn.Linear(2, 3))
+
+
+def test_readme():
+    """The program in README gives the same log-probs before and after."""
+    model, ids = make("Llama"), torch.randint(3, 97, (2, 9))
+    results = []
+    for program in before_and_after("README.md", "last_hidden_and_head"):
+        names = {"model": model, "ids": ids, "rk": rk}
+        exec(program, names)
+        results.append(names["logprobs"])
+    assert_accurate(results[1], results[0], eps=2e-6)
+
+
+def test_scales_of_other_families():
+    """Factors under other names; before a soft-cap, the cap is divided by them: cap tanh(x scale / cap)."""
+    model = make("Llama")
+    for options, scale in (
+        ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"output_multiplier": 0.25}, 0.25),
+        ({"logits_scaling": 4.0}, 0.25),
+        ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0),
+        ({"output_multiplier": 0.25, "final_logit_softcapping": 3.0}, 0.25),
+    ):
+        model.config = SimpleNamespace(**options)
+        head = head_of(model)
+        assert head.logit_scale == scale
+        assert head.softcap == (3.0 / 0.25 if "final_logit_softcapping" in options else None)
+        x = torch.linspace(-30, 30, 7)
+        if head.softcap is not None:
+            assert_accurate(head.softcap * torch.tanh(x / head.softcap) * scale, 3.0 * torch.tanh(x * 0.25 / 3.0), eps=1e-6)

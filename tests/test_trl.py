@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from judge import assert_accurate, error
+from pages import before_and_after
 
 import rlkern as rk
 
@@ -27,6 +28,7 @@ LLAMA = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +59,9 @@ def make(task, tmp_path, model, kind="GRPO", peft_config=None, **options):
         "per_device_train_batch_size": 4,
         "num_generations": 4,
         "max_completion_length": 8,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
-        "seed": 0,
+        **QUIET,
     }
     args = getattr(trl, f"{kind}Config")(**settings | options)
     return getattr(trl, f"{kind}Trainer")(
@@ -476,3 +472,34 @@ def test_sharded_by_fsdp2(tmp_path):
     assert_accurate(runs[1][0], runs[0][0], eps=1e-5)
     for name, expected in runs[0][1].items():
         assert_accurate(runs[1][1][name], expected, eps=1e-5)
+
+
+def test_rloo_configuration(task, tmp_path):
+    trainer = make(task, tmp_path, task[2](), "RLOO", epsilon=0.1, epsilon_high=0.3)
+    inputs = batch(trainer)
+    inputs["completion_mask"][2, :2] = 1  # TRL gives an empty sequence a loss
+    loss = step_loss(trainer, inputs)
+    mask = inputs["completion_mask"]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    logprobs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.cat([inputs["prompt_mask"], mask], 1), 8)
+    # Behaviour log-probs as TRL keeps them, one sum a sequence: here on its first token
+    old = torch.zeros(4, 8).index_copy_(1, torch.tensor([0]), inputs["old_logps"][:, None])
+    out = rk.policy_loss(logprobs, old, inputs["advantages"], mask=mask, config=rk.PolicyLossConfig.rloo(clip_low=0.1, clip_high=0.3))
+    assert_accurate(out.loss, loss, eps=1e-5)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    for mine, expected in zip(torch.autograd.grad(out.loss, parameters), torch.autograd.grad(loss, parameters), strict=True):
+        assert_accurate(mine, expected, eps=1e-5)
+
+
+def test_readme(task, tmp_path):
+    """The program in README, as it was and with its two lines more."""
+    runs = []
+    for program in before_and_after("README.md", "from trl import"):
+        args = trl.GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, **QUIET, max_steps=2)
+        names = {"model": task[2](), "reward": digits, "args": args, "questions": task[1], "tokenizer": task[0]}
+        exec(program, names)
+        runs.append((hasattr(names["trainer"], "_rlkern"), [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]))
+    (before, losses), (after, mine) = runs
+    assert (before, after) == (False, True)
+    assert len(mine) == 2
+    assert mine == pytest.approx(losses, abs=1e-4)

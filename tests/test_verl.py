@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from judge import assert_accurate
+from pages import before_and_after
 from safetensors import safe_open
 
 import rlkern as rk
@@ -156,14 +157,20 @@ def test_padding_removed():
         )
 
 
-def test_register(monkeypatch):
-    """With a stand-in for verl's registry, whose decorator is this one line; the losses themselves are those tested above."""
-    registry = {}
+@pytest.fixture
+def registry(monkeypatch):
+    """A stand-in for verl's registry, which is no more than this; the losses themselves are those tested above."""
+    functions = {}
     module = ModuleType("verl.trainer.ppo.core_algos")
-    module.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
+    module.register_policy_loss = lambda name: lambda function: functions.setdefault(name, function)
+    module.get_policy_loss_fn = functions.__getitem__
     for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    return functions
+
+
+def test_register(registry):
     assert ours.register() == [f"rlkern_{mode}" for mode in ours.MODES] == list(registry)
     assert ours.register(["gspo"], prefix="") == ["gspo"]
     arguments = (INPUTS["old_log_prob"], INPUTS["log_prob"], INPUTS["advantages"], INPUTS["mask"])
@@ -172,6 +179,16 @@ def test_register(monkeypatch):
     for mode in ("clip_cov", "kl_cov", "bypass_mode", "new"):
         with pytest.raises(ValueError, match=f"loss mode '{mode}' has no counterpart"):
             ours.register([mode])
+
+
+def test_readme(registry):
+    """The program in README, whose numbers before are those recorded."""
+    _, after = before_and_after("README.md", "from verl")
+    names = {name: INPUTS[name] for name in ("old_log_prob", "log_prob", "advantages")}
+    names |= {"response_mask": INPUTS["mask"], "config": actor_config()}
+    exec(after, names)
+    assert_accurate(names["loss"], NUMBERS["vanilla, as it comes/result"], eps=1e-5)
+    assert names["metrics"] == pytest.approx(next(case["metrics"] for case in CASES if case["name"] == "vanilla, as it comes"), abs=1e-5)
 
 
 def test_refusals(monkeypatch):
