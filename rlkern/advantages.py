@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number, check_tensor, state_dtype
+from .distributed import check_group
 from .losses import kl_penalty
 from .ops import groups, scan
+from .ops.shards import concatenated, gathered
 from .reference import sequence_of_token, to_tokens
 
 WHITEN_EPS = 1e-8
@@ -33,6 +35,7 @@ def gae(
     cu_seqlens: Tensor | None = None,
     whitened: bool = False,
     process_group: Any = None,
+    time_group: Any = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +64,9 @@ def gae(
             the advantages are made.
         process_group: with ``whitened``, the ``torch.distributed`` group over whose ranks mean and variance are taken, by one all-reduce of three
             numbers.
+        time_group: the ``torch.distributed`` group among whose ranks time is divided (context parallelism): each has some steps of all sequences, of
+            ``[..., time]``, the first rank the earliest. Two all-gathers carry values and advantages from the later ranks to the earlier ones.
+            ``last_values`` and the rates are those of the sequences, on all ranks; masked steps are skipped.
         validate: check that ``cu_seqlens`` rises from 0 to the number of tokens (one synchronisation on a GPU). Default: on the CPU, or with
             RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
@@ -74,12 +80,76 @@ def gae(
     boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
     if process_group is not None and not whitened:
         raise ValueError("process_group is for whitened=True alone: advantages of ranks are otherwise independent")
+    if time_group is not None:
+        advantages, returns = _gae_over_ranks(rewards, values, gamma, lam, *boundaries, validate, backend, time_group)
+        return whiten(advantages, mask, process_group=process_group or time_group) if whitened else advantages, returns
     advantages, returns, moments = _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_moments=whitened)
     if whitened:
         if process_group is not None:
             dist.all_reduce(moments, group=process_group)
         advantages = scan.normalise(advantages, mask, moments, WHITEN_EPS, choose_backend(backend, rewards))
     return advantages, returns
+
+
+def _gae_over_ranks(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    masked: str,
+    last_values: Tensor | None,
+    next_values: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    validate: bool | None,
+    backend: str | None,
+    group: Any,
+) -> tuple[Tensor, Tensor]:
+    """GAE of this rank's steps: as if nothing followed but the next value, and then what the advantage that follows adds to each."""
+    check_group(group, "time_group")
+    if masked != "skip" or cu_seqlens is not None:
+        raise ValueError(
+            "time_group takes padded sequences, [..., time], with masked='skip'; got " + ("cu_seqlens" if cu_seqlens is not None else masked)
+        )
+    rank, dtype = dist.get_rank(group), scan.result_dtype(rewards, values)
+
+    def first_valid(x: Tensor) -> Tensor:
+        """Of each sequence at its first valid step; 0 where there is none here."""
+        return (
+            torch.where(valid, x.to(dtype), 0.0).gather(-1, valid.long().argmax(-1, keepdim=True))[..., 0]
+            if x.shape[-1]
+            else x.new_zeros(x.shape[:-1])
+        )
+
+    def following(carry: Tensor, own: Tensor, through: Tensor) -> Tensor:
+        """What comes to this rank from the later ones: each hands on own + through * what came to it."""
+        parts = gathered(torch.stack([own, through]), group)
+        for later in range(len(parts) - 1, rank, -1):
+            carry = parts[later, 0] + torch.where(parts[later, 1] == 0, 0.0, parts[later, 1] * carry)
+        return carry
+
+    check_tensor("rewards", rewards, min_dim=2, dtypes=FLOATS)
+    check_tensor("values", values, shape=rewards.shape, dtypes=FLOATS, device=rewards.device)
+    valid = torch.ones(rewards.shape, dtype=torch.bool, device=rewards.device) if mask is None else mask != 0
+    empty = ~valid.any(-1)
+    beyond = values.new_zeros(empty.shape, dtype=dtype) if last_values is None else last_values.to(dtype)
+    value_after = following(beyond, first_valid(values.detach()), empty.to(dtype))
+    boundaries = (mask, masked, value_after, next_values, terminated, truncated, None)
+    advantages, returns, _ = _returns(rewards, values, gamma, lam, *boundaries, validate, backend)
+
+    cut = torch.zeros_like(valid)
+    for flags in (terminated, truncated):
+        cut = cut if flags is None else cut | (valid & (flags != 0))
+    rate = gamma * lam
+    power = rate ** valid.sum(-1).to(dtype) if isinstance(rate, Tensor) else torch.pow(rate, valid.sum(-1).to(dtype))
+    through = torch.where(cut.any(-1), 0.0, power)
+    after = following(torch.zeros_like(beyond), first_valid(advantages), through)
+    last = valid & (valid.flip(-1).cumsum(-1).flip(-1) == 1)
+    handed = torch.where(last & ~cut, (rate * after).unsqueeze(-1).to(dtype), 0.0)
+    more = discounted_returns(handed, gamma=rate, mask=mask, terminated=cut, validate=validate, backend=backend)
+    return advantages + more, returns + more
 
 
 def td_lambda(
@@ -233,6 +303,7 @@ def group_advantages(
     eps: float = 1e-4,
     lengths: Tensor | None = None,
     singleton: str = "zero",
+    process_group: Any = None,
     validate: bool | None = None,
 ) -> Tensor:
     """Each reward against those of its group, the samples of one prompt: ``(reward - baseline) / (std + eps)``.
@@ -252,6 +323,8 @@ def group_advantages(
         eps: a number of at least 0.
         lengths: ``[N]``, number of tokens of each sample; read for "length-weighted" alone.
         singleton: the advantage in a group with one scorable reward: "zero", or the "raw" reward.
+        process_group: a ``torch.distributed`` group, each of whose ranks has some of the rewards: groups of equal ids, and the std of the batch, are
+            over all of them. Ranks may have different numbers (exchanged first: one synchronisation on a GPU).
         validate: warn (UserWarning) of the number of NaN rewards, which is one synchronisation on a GPU. Default: on the CPU, or with
             RLKERN_VALIDATE=1.
 
@@ -280,9 +353,14 @@ def group_advantages(
         lengths = lengths.detach()
     eps = check_number("eps", eps, at_least=0)
     given, name = (baseline.detach(), "given") if isinstance(baseline, Tensor) else (None, baseline)
-    return groups.group_advantages(
-        rewards.detach(), group_ids, lengths, given, group_size or 1, name, scale, eps, singleton, choose_validate(validate, rewards)
-    )
+    tensors, mine = [rewards.detach(), group_ids, lengths, given], slice(None)
+    if process_group is not None:
+        check_group(process_group)
+        sizes = gathered(torch.tensor([len(rewards)], device=rewards.device), process_group).flatten().tolist()
+        before = sum(sizes[: dist.get_rank(process_group)])
+        mine = slice(before, before + len(rewards))
+        tensors = [None if x is None else concatenated(x, sizes, process_group) for x in tensors]
+    return groups.group_advantages(*tensors, group_size or 1, name, scale, eps, singleton, choose_validate(validate, rewards))[mine]
 
 
 def _check_groups(answers: int, device: torch.device, group_size: int | None, group_ids: Tensor | None) -> None:

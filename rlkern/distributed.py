@@ -53,12 +53,12 @@ class VocabShard:
 ProcessGroup = dist.ProcessGroup | VocabShard | None
 
 
-def check_group(group: Any) -> None:
+def check_group(group: Any, name: str = "process_group", expected: str = "a torch.distributed.ProcessGroup") -> None:
     """Check that this process is one of a process group."""
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got {type(group).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
-        raise ValueError("this process is not a member of process_group")
+        raise ValueError(f"this process is not a member of {name}")
 
 
 def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
@@ -70,7 +70,7 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
         if s.size != size:
             raise ValueError(f"the VocabShard is of {s.size} tokens, but the tensor has {size}")
         return Shard.of(s.first, size, s.total, s.group)
-    check_group(process_group)
+    check_group(process_group, expected="a torch.distributed.ProcessGroup or a rlkern.VocabShard")
     ranks = dist.get_world_size(process_group)
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
 

@@ -329,3 +329,76 @@ def test_dtensors_say_how_they_are_divided(world):
         for mine, exact in found.values():
             for a, b in zip(mine, exact, strict=True):
                 assert_accurate(a, b, eps=2e-6)
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------------------------------
+
+
+def trajectories() -> dict[str, Any]:
+    """[5, 24] in float64: a sequence that is nowhere valid, one that is on some ranks alone, flags everywhere."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 24, generator=g) > 0.3
+    mask[1], mask[2, 6:20] = False, False
+    shape = {"generator": g, "dtype": torch.float64}
+    return {
+        "rewards": torch.randn(5, 24, **shape).masked_fill(~mask, nan),
+        "values": torch.randn(5, 24, **shape).masked_fill(~mask, nan),
+        "mask": mask,
+        "terminated": torch.rand(5, 24, generator=g) > 0.95,
+        "truncated": torch.rand(5, 24, generator=g) > 0.95,
+        "last_values": torch.randn(5, **shape),
+        "gamma": torch.rand(5, **shape),
+    }
+
+
+def gae_on_a_rank(rank: int, world: int, backend: str) -> list[Tensor]:
+    x = trajectories()
+    sizes = [24 // world + (1 if i == 0 else 0) for i in range(world)]
+    sizes[-1] = 24 - sum(sizes[:-1])
+    mine = {name: t.split(sizes, 1)[rank] if t.dim() == 2 else t for name, t in x.items()}
+    options = {"lam": 0.9, "time_group": dist.group.WORLD, "backend": backend}
+    full = rk.gae(**mine, **options)
+    white, _ = rk.gae(**mine, whitened=True, **options)
+    plain = rk.gae(torch.nan_to_num(mine["rewards"]), torch.nan_to_num(mine["values"]), gamma=1.0, **options)
+    return [*full, white, *plain]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_gae_over_a_sequence_that_ranks_share(world, backend):
+    x = trajectories()
+    whole = [*rk.gae(**x, lam=0.9), rk.gae(**x, lam=0.9, whitened=True)[0]]
+    whole += rk.gae(torch.nan_to_num(x["rewards"]), torch.nan_to_num(x["values"]), gamma=1.0, lam=0.9)
+    for exact, parts in zip(whole, zip(*on_ranks(world, gae_on_a_rank, backend), strict=True), strict=True):
+        assert_accurate(torch.cat(parts, 1), exact, eps=1e-10)
+
+
+def groups_on_a_rank(rank: int, world: int) -> list[Tensor]:
+    rewards, ids, lengths = grouped()
+    rows = slice(0, 5) if rank == 0 else slice(5, None)
+    options = {"process_group": dist.group.WORLD, "validate": False}
+    by_id = [rk.group_advantages(rewards[rows], group_ids=ids[rows], scale=scale, **options) for scale in ("group", "batch", "none")]
+    weighted = rk.group_advantages(rewards[rows], group_ids=ids[rows], baseline="length-weighted", lengths=lengths[rows], **options)
+    return [*by_id, weighted]
+
+
+def grouped() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(12, generator=g)
+    rewards[3] = nan
+    return rewards, torch.tensor([4, 4, 1, 1, 7, 7, 4, 1, 1, 7, 4, 9]), torch.randint(1, 9, (12,), generator=g)
+
+
+def test_groups_that_ranks_share():
+    rewards, ids, lengths = grouped()
+    whole = [rk.group_advantages(rewards, group_ids=ids, scale=scale, validate=False) for scale in ("group", "batch", "none")]
+    whole.append(rk.group_advantages(rewards, group_ids=ids, baseline="length-weighted", lengths=lengths, validate=False))
+    for exact, parts in zip(whole, zip(*on_ranks(2, groups_on_a_rank), strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), exact)
+
+
+def test_errors_of_shared_sequences():
+    x = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"time_group must be a torch\.distributed\.ProcessGroup, got str"):
+        rk.gae(x, x, gamma=1.0, lam=1.0, time_group="world")
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup, got int"):
+        rk.group_advantages(x[0], group_size=3, process_group=3)

@@ -67,6 +67,12 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def concatenated(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """``x`` of every rank, of which rank i has ``sizes[i]`` rows, one after the other."""
+    padded = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - len(x)))
+    return torch.cat([part[:size] for part, size in zip(gathered(padded, group), sizes, strict=True)])
+
+
 def merged(m: Tensor, s: Tensor, t: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """States of the online softmax (kernels/softmax.py) along the first dimension as one; ``c`` is a number or one for each row."""
     top = m.amax(0)
