@@ -75,26 +75,38 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
 
 
-def local(name: str, x: Tensor, dim: int, process_group: Any) -> tuple[Tensor, Any]:
-    """A DTensor that is divided along ``dim`` as its local part and a VocabShard; replicated, as it is, whole. Other tensors pass, with the group."""
-    if type(x) in (Tensor, torch.nn.Parameter):
-        return x, process_group
+def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_tokens: bool = True) -> tuple[Tensor, ProcessGroup]:
+    """A DTensor that is divided along ``dim`` as its local part and a VocabShard; replicated, as it is, whole. Other tensors pass, with the group.
+
+    ``same_tokens``: the ranks are known to have the same tokens. Otherwise the group has to be given: a parameter under FSDP is divided too.
+    """
+    if not isinstance(x, Tensor) or not is_distributed(x):
+        return x, process_group  # what is no tensor is refused later
     from torch.distributed.tensor import DTensor  # takes its time to import
 
-    if not isinstance(x, DTensor):
-        return x, process_group
+    assert isinstance(x, DTensor)
     dim %= x.dim()
     mesh, sharded = x.device_mesh, [i for i, p in enumerate(x.placements) if not p.is_replicate()]
     if any(not x.placements[i].is_shard(dim) for i in sharded) or len(sharded) > 1:
         raise ValueError(f"{name} must be replicated, or divided along dimension {dim} of one mesh dimension; its placements are {x.placements}")
     if not sharded:
         return x.to_local(), process_group
-    if process_group is not None:
-        raise ValueError(f"{name} is a DTensor, which says itself how it is divided: process_group must be None")
     group, total = mesh.get_group(sharded[0]), x.shape[dim]
+    if process_group is None and not same_tokens:
+        raise ValueError(
+            f"{name} is a DTensor of which each rank has a part. Where all ranks have the same tokens (tensor parallelism), pass its group as "
+            f"process_group; where each has its own (FSDP), pass {name}.full_tensor()"
+        )
+    if process_group is not None and getattr(process_group, "group_name", None) != group.group_name:
+        raise ValueError(f"{name} is a DTensor: process_group must be None, or the group of the mesh dimension that it is divided over")
     part = x.to_local()
     share = -(-total // dist.get_world_size(group))  # as torch.chunk divides
     return part, VocabShard(group, min(dist.get_rank(group) * share, total), part.shape[dim], total)
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
 def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, width: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
-from .distributed import ProcessGroup, check_same_inputs, local, shard_of
+from .distributed import ProcessGroup, check_same_inputs, is_distributed, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
@@ -197,10 +197,10 @@ def check_linear(
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
     check_tensor("weight", weight, min_dim=2)
-    hidden, _ = local("hidden", hidden, 0, None) if isinstance(hidden, Tensor) else (hidden, None)
-    if bias is not None:
-        bias = local("bias", bias, 0, None)[0] if isinstance(bias, Tensor) else bias
-    weight, process_group = local("weight", weight, 0, process_group)
+    same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
+    hidden, _ = local("hidden", hidden, 0, None)
+    bias = None if bias is None else local("bias", bias, 0, process_group, same_tokens=same_tokens)[0]
+    weight, process_group = local("weight", weight, 0, process_group, same_tokens=same_tokens)
     shard = shard_of(process_group, weight.shape[0])
     dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
     shape, device = hidden.shape[:-1], hidden.device

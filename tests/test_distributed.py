@@ -311,15 +311,18 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     divided["logits"] = distribute_tensor(torch.nan_to_num(x["logits"].detach()), mesh, [Shard(-1)])
     divided = {name: t.requires_grad_() for name, t in divided.items()}
     whole = {name: torch.nan_to_num(t.detach()).requires_grad_() for name, t in x.items()}
-    with pytest.raises(ValueError, match="process_group must be None"):
-        rk.token_logprobs(divided["logits"], p["ids"], process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="process_group must be None, or the group of the mesh"):
+        rk.token_logprobs(divided["logits"], p["ids"], process_group=dist.new_group())
+    with pytest.raises(ValueError, match=r"where each has its own \(FSDP\), pass bias.full_tensor"):
+        rk.linear_token_logprobs(whole["hidden"], divided["weight"], p["ids"], bias=divided["bias"])
     wrong = distribute_tensor(x["weight"].detach(), mesh, [Shard(1)])
     with pytest.raises(ValueError, match="divided along dimension 0"):
         rk.linear_token_logprobs(divided["hidden"], wrong, p["ids"])
+    plain = {**divided, "hidden": whole["hidden"].detach().requires_grad_()}
     found = {}
-    for linear in (False, True):
-        mine, exact = (loss_of(p, y, PRESETS["grpo"], linear=linear) for y in (divided, whole))
-        found[f"linear {linear}"] = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in mine], exact
+    for linear, given, group in ((False, divided, None), (True, divided, None), (True, plain, mesh.get_group())):
+        mine, exact = loss_of(p, given, PRESETS["grpo"], linear=linear, process_group=group), loss_of(p, whole, PRESETS["grpo"], linear=linear)
+        found[f"linear {linear}, group {group is not None}"] = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in mine], exact
     return found
 
 
