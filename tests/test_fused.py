@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from judge import assert_accurate, rounding
 
 import rlkern as rk
-from bench.harness import peak_memory
+from bench.harness import memory
 from rlkern import reference
 from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS
 from rlkern.ops import fused as fused_ops
@@ -444,7 +444,7 @@ def test_memory_does_not_grow_with_the_rows():
             rk.fused_linear_policy_loss(hidden.requires_grad_(), weight, ids, a, b, chunk_bytes=chunk).loss.backward()
             return []
 
-        extra[rows] = peak_memory(nothing), peak_memory(frozen)
+        extra[rows] = memory(nothing, hidden.device)[0], memory(frozen, hidden.device)[0]
     per_row = 4 * 16  # the per-token tensors themselves
     assert extra[1024][0] - extra[256][0] < 768 * per_row
     assert extra[256][0] < 3 * chunk  # far from the 2 MB of all logits
