@@ -202,6 +202,12 @@ def test_slices_are_read_in_place(backend, device, monkeypatch):
     columns = whole.transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride: copied, and still right
     ids = torch.randint(40, (3, 6), device=device)
     assert_accurate(rk.token_logprobs(columns, ids, backend=backend), reference.token_logprobs(whole, ids), eps=1e-6)
+    apart = torch.randn(40, 3, 6, device=device).movedim(0, -1)  # here a reshape would give a view, whose columns still lie apart
+    ids = torch.randint(40, (3, 6), device=device)
+    assert_accurate(rk.token_logprobs(apart, ids, backend=backend), reference.token_logprobs(apart, ids), eps=1e-6)
+    for unusual in (columns, apart):
+        with pytest.raises(ValueError, match="inplace_backward=True needs logits with unit stride"):
+            rk.token_logprobs(unusual, ids, inplace_backward=True, backend=backend)
     deep = torch.randn(2, 3, 2, 8, device=device)[:, :2, ::2]
     ids = torch.randint(8, deep.shape[:-1], device=device)
     assert_accurate(rk.token_logprobs(deep, ids, backend=backend), reference.token_logprobs(deep, ids), eps=1e-6)
