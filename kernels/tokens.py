@@ -60,8 +60,29 @@ def read_old(old, lp, row, columns, live, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def segment(cu_seqlens, time, tiles, tile):
+    """The program's row and the columns [begin, end) that it goes over."""
+    row = tl.program_id(0).to(tl.int64)
+    if cu_seqlens is None:
+        begin = (row % tiles) * tile
+        end = tl.minimum(begin + tile, time)
+        row = row // tiles
+    else:
+        begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
+        end = tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), time)
+    return row, begin, end
+
+
+@triton.jit
 def store_partial(partials, k: tl.constexpr, value):
     tl.store(partials + k * tl.num_programs(0).to(tl.int64) + tl.program_id(0), value)
+
+
+@triton.jit
+def arrives_last(arrivals):
+    """Whether all the other programs have stored their partial sums."""
+    tl.debug_barrier()  # this one's are stored before its arrival is announced
+    return tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1
 
 
 @triton.jit
@@ -168,14 +189,7 @@ def policy_kernel(
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SPREAD: tl.constexpr = LEVEL == "sequence" or LEVEL == "sequence_sum"
     KEPT_MEAN: tl.constexpr = REDUCTION == "kept-mean"
-    row = tl.program_id(0).to(tl.int64)
-    if cu_seqlens is None:
-        begin = (row % tiles) * tile
-        end = tl.minimum(begin + tile, time)
-        row = row // tiles
-    else:
-        begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
-        end = tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), time)
+    row, begin, end = segment(cu_seqlens, time, tiles, tile)
     offsets = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], DTYPE)
 
@@ -325,6 +339,5 @@ def policy_kernel(
     store_partial(partials, 11, tl.sum(entropies, 0))
     store_partial(partials, 12, tl.sum(ratios, 0))
     store_partial(partials, 13, tl.max(largest, 0))
-    tl.debug_barrier()  # all of the program's partial sums are stored before its arrival is announced
-    if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if arrives_last(arrivals):
         finish(partials, loss_out, results, normalizer, o, AGGREGATION, ENTROPY_AGGREGATION, BLOCK)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .kl import clamp, outside
-from .tokens import add_up, at, divisor, read, read_flag, store_partial
+from .tokens import add_up, arrives_last, at, divisor, read, read_flag, segment, store_partial
 
 # The rows of ``partials``, one column a program.
 PARTIALS = tl.constexpr(8)
@@ -68,14 +68,7 @@ def value_kernel(
     """The tensors up to ``grad`` are Rows, or None where absent; without ``old`` there is no clip. ``partials`` are float64, since a variance is
     made of them."""
     DTYPE: tl.constexpr = loss_out.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    if cu_seqlens is None:
-        begin = (row % tiles) * tile
-        end = tl.minimum(begin + tile, time)
-        row = row // tiles
-    else:
-        begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
-        end = tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), time)
+    row, begin, end = segment(cu_seqlens, time, tiles, tile)
     offsets = tl.arange(0, BLOCK)
     limit = tl.full([BLOCK], clip, DTYPE)
 
@@ -121,6 +114,5 @@ def value_kernel(
     store_partial(partials, 5, tl.sum(totals, 0))
     store_partial(partials, 6, tl.sum(targets, 0))
     store_partial(partials, 7, tl.sum(squares, 0))
-    tl.debug_barrier()  # all of the program's partial sums are stored before its arrival is announced
-    if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if arrives_last(arrivals):
         finish(partials, loss_out, results, normalizer, max_length, AGGREGATION, BLOCK)
