@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--completions", type=int, default=16, help="in a step")
     parser.add_argument("--new", type=int, default=32, help="tokens of a completion")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; with 1 the seconds are of CPU time, which other programs do not disturb")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of GRPOConfig")
     parser.add_argument("--one", choices=("trl", "rlkern"), help="run one of them and print it as JSON")
     return parser.parse_args()
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace, enabled: bool) -> dict[str, Any]:
     from rlkern.integrations.trl import enable
     from rlkern.trainers.tutorial import build_tokenizer, question
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = LlamaForCausalLM(
@@ -89,18 +93,18 @@ def run(args: argparse.Namespace, enabled: bool) -> dict[str, Any]:
 
         def timed(batch: Any) -> Any:
             nonlocal sampling
-            started = time.perf_counter()
+            started = clock()
             inputs = prepare(batch)
-            sampling += time.perf_counter() - started
+            sampling += clock() - started
             return inputs
 
         trainer._prepare_inputs = timed
         cuda = torch.cuda.is_available()
         before = torch.cuda.memory_allocated() if cuda else resident()
-        started = time.perf_counter()
+        started = clock()
         with enable(trainer) if enabled else contextlib.nullcontext(), contextlib.redirect_stdout(sys.stderr):
             trainer.train()
-        seconds = time.perf_counter() - started - sampling
+        seconds = clock() - started - sampling
         memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     log = trainer.state.log_history
     losses, rewards = ([entry[name] for entry in log if name in entry] for name in ("loss", "reward"))

@@ -28,7 +28,7 @@ def cases(kind):
     return pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == kind], ids=lambda case: case["name"])
 
 
-def actor_config(agg="token-mean", info=None, weights=False, **settings):
+def actor_config(agg="token-mean", info=None, weights=False, old=None, **settings):
     """What the losses read of verl's ActorConfig, with its defaults."""
     defaults = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "tau_pos": 1.0, "tau_neg": 1.05}
     config = SimpleNamespace(**{**defaults, **settings}, policy_loss=SimpleNamespace(dro_beta=0.3), global_batch_info=info or {})
@@ -53,7 +53,7 @@ def test_policy_losses(case):
     def loss(log_prob):
         weights = INPUTS["weights"] if settings.get("weights") else None
         options = (INPUTS["mask"], settings.get("agg", "token-mean"), actor_config(**settings), weights)
-        value, found = ours.policy_loss_fn(case["mode"])(INPUTS["old_log_prob"], log_prob, INPUTS["advantages"], *options)
+        value, found = ours.policy_loss_fn(case["mode"])(INPUTS[settings.get("old", "old_log_prob")], log_prob, INPUTS["advantages"], *options)
         metrics.update(found)
         return value
 
@@ -67,15 +67,15 @@ def test_configurations(case):
     settings, mode, mask = case["settings"], case["mode"], INPUTS["mask"]
     if settings.get("weights") or (settings.get("info") and mode != "geo_mean"):
         return
-    bad = {name: torch.where(mask != 0, INPUTS[name], torch.nan) for name in ("old_log_prob", "advantages")}
+    old, advantages = (torch.where(mask != 0, INPUTS[name], torch.nan) for name in (settings.get("old", "old_log_prob"), "advantages"))
 
     def loss(log_prob):
         return rk.policy_loss(
             torch.where(mask != 0, log_prob, torch.nan),
-            bad["old_log_prob"],
-            bad["advantages"],
+            old,
+            advantages,
             mask=mask,
-            ref_logprobs=bad["old_log_prob"] if mode == "dro" else None,
+            ref_logprobs=old if mode == "dro" else None,
             normalizer=len(mask) if mode == "geo_mean" else None,
             config=ours.policy_loss_config(mode, actor_config(**settings), settings.get("agg", "token-mean")),
         ).loss

@@ -18,7 +18,7 @@ from verl.workers.config import ActorConfig
 
 ROWS, TIME, VOCABULARY, WIDTH = 5, 7, 23, 6
 MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo")
-# Options of ActorConfig; "agg", "info" and "weights" are arguments of the loss.
+# Options of ActorConfig; "agg", "info", "weights" and "old" are arguments of the loss.
 OPTIONS = {
     "as it comes": {},
     "clip": {"clip_ratio_low": 0.05, "clip_ratio_high": 0.1},
@@ -26,6 +26,7 @@ OPTIONS = {
     "dual clip": {"clip_ratio_c": 1.3},
     "temperatures": {"tau_pos": 2.0, "tau_neg": 3.0},
     "weights": {"weights": True},
+    "far away": {"old": "far_log_prob"},  # beyond every clamp
     "token-sum": {"agg": "token-sum"},
     "sequence sums": {"agg": "seq-mean-token-sum"},
     "sequence means": {"agg": "seq-mean-token-mean"},
@@ -49,6 +50,7 @@ def main() -> None:
         "mask": mask,
         "log_prob": log_prob,
         "old_log_prob": old_log_prob,
+        "far_log_prob": log_prob - 25,
         "advantages": advantages,
         "weights": (0.3 * torch.randn(ROWS, TIME)).exp() * mask,
         "rewards": torch.randn(ROWS, TIME) * mask,
@@ -80,14 +82,15 @@ def main() -> None:
                 continue  # without a counterpart
             about = dict(settings)
             agg, info, weighted = about.pop("agg", "token-mean"), about.pop("info", {}), about.pop("weights", False)
+            old = inputs[about.pop("old", "old_log_prob")]
             config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **about)
             object.__setattr__(config, "global_batch_info", dict(info))
             object.__setattr__(config.policy_loss, "dro_beta", 0.3)
             metrics: dict[str, float] = {}
 
-            def loss(lp, config=config, agg=agg, weighted=weighted, mode=mode, metrics=metrics):
+            def loss(lp, config=config, agg=agg, weighted=weighted, mode=mode, metrics=metrics, old=old):
                 weights = inputs["weights"] if weighted else None
-                value, found = core_algos.POLICY_LOSS_REGISTRY[mode](old_log_prob, lp, advantages, mask, agg, config, weights)
+                value, found = core_algos.POLICY_LOSS_REGISTRY[mode](old, lp, advantages, mask, agg, config, weights)
                 metrics.update(found)
                 return value
 
