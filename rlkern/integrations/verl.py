@@ -193,7 +193,10 @@ def linear_cross_entropy(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     if dist_process_group is not None:
-        raise ValueError("dist_process_group (a head split over ranks) is not supported here; pass the whole head and None")
+        raise ValueError(
+            "dist_process_group has no counterpart here: verl leaves it to Megatron to add up the gradient of hidden over the ranks; "
+            "rk.linear_token_logprobs(process_group=...) does that itself"
+        )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
     logprobs, entropy = rk.linear_token_logprobs(flat, weight, ids, temperature=temperature, with_entropy=True)
     return logprobs if reduction == "none" else getattr(logprobs, reduction)(), entropy
