@@ -50,6 +50,12 @@ def clipped_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
     return (loss * mask).sum() / mask.sum()
 
 
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """PPO's loss of the critic, averaged over the counted tokens."""
+    clipped = torch.clamp(values, old - clip, old + clip)
+    return 0.5 * (torch.max((values - returns).square(), (clipped - returns).square()) * mask).sum() / mask.sum()
+
+
 def loop_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """The recursion, a step of all sequences at a time."""
     advantage = torch.zeros_like(rewards[:, 0])
@@ -68,6 +74,19 @@ def on_gpu(device: torch.device) -> None:
     """For a peer that is a GPU's."""
     if device.type != "cuda":
         raise ImportError(GPU_ONLY)
+
+
+def torchrl_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Callable[[], list[Tensor]]:
+    """TorchRL's, as a convolution; it takes a trailing dimension, and the next values."""
+    estimate = importlib.import_module("torchrl.objectives.value.functional").vec_generalized_advantage_estimate
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    columns = [x.unsqueeze(-1) for x in (values, following, rewards)]
+    ends = torch.zeros_like(columns[0], dtype=torch.bool)
+
+    def call() -> list[Tensor]:
+        return [x.squeeze(-1) for x in estimate(gamma, lam, *columns, ends, ends)]
+
+    return call
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import torch
 
 from bench.harness import Contest
 
-from . import divergence, gae, linear, logprobs, policy_loss, update
+from . import divergence, gae, linear, logprobs, policy_loss, update, value_loss
 
 # operation -> (device, full) -> contests
 OPERATIONS: dict[str, Callable[[torch.device, bool], Iterator[Contest]]] = {
@@ -19,5 +19,6 @@ OPERATIONS: dict[str, Callable[[torch.device, bool], Iterator[Contest]]] = {
     "fused_linear_policy_loss": linear.loss_contests,
     "divergence": divergence.contests,
     "gae": gae.contests,
+    "value_loss": value_loss.contests,
     "update": update.contests,
 }

@@ -31,6 +31,7 @@ def contest(device: torch.device, sequences: int, steps: int) -> Contest:
         exact,
         {
             OURS: lambda x: lambda: rk.gae(x[0], x[1], gamma=GAMMA, lam=LAM),
+            "TorchRL": lambda x: peers.torchrl_gae(x[0], x[1], GAMMA, LAM),
             "PyTorch, a loop over the steps": lambda x: lambda: peers.loop_gae(x[0], x[1], GAMMA, LAM),
         },
         tolerance=1e-5,
