@@ -1,7 +1,7 @@
-"""The calls whose kernels ``bench.compile`` compiles: every kernel, in every variant that differs in more than numbers.
+"""The calls whose kernels ``bench.compile`` compiles and ``bench.guard`` guards: every kernel, in every variant that differs in more than numbers.
 
-Nothing runs: the rows are few, and the vocabulary is a real one, since block sizes follow from it. A call names what it does; add one for each
-new kernel, dtype or option that changes the types of what a launcher passes.
+The rows are few, and the vocabulary is a real one, since block sizes follow from it. A call names what it does; add one for each new kernel, dtype
+or option that changes the types of what a launcher passes, with tensors of which every part counts.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from rlkern.surrogates import SURROGATES
 
 ROWS = (2, 3)
 VOCABULARY = 128256
+BACKEND = "triton"  # this and the vocabulary are read at the call; the guard takes others
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _logits(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(*ROWS, vocabulary, dtype=dtype, requires_grad=True), torch.zeros(ROWS, dtype=torch.int64)
+def _logits(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(*ROWS, vocabulary or VOCABULARY, dtype=dtype, requires_grad=True), torch.zeros(ROWS, dtype=torch.int64)
 
 
-def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, ids: torch.dtype = torch.int64, **options: Any) -> None:
+def _token_logprobs(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int | None = None, ids: torch.dtype = torch.int64, **options: Any) -> None:
     logits, tokens = _logits(dtype, vocabulary=vocabulary)
-    results = rk.token_logprobs(logits, tokens.to(ids), backend="triton", **options)
+    results = rk.token_logprobs(logits, tokens.to(ids), backend=BACKEND, **options)
     sum(r.sum() for r in results).backward() if isinstance(results, tuple) else results.sum().backward()
 
 
-def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any) -> None:
+def _fused_policy_loss(config: rk.PolicyLossConfig, dtype: torch.dtype = torch.bfloat16, *, vocabulary: int | None = None, **options: Any) -> None:
     logits, tokens = _logits(dtype, vocabulary=vocabulary)
-    rk.fused_policy_loss(logits, tokens, torch.zeros(ROWS), torch.zeros(ROWS), config=config, backend="triton", **options).loss.backward()
+    rk.fused_policy_loss(logits, tokens, torch.zeros(ROWS), torch.ones(ROWS), config=config, backend=BACKEND, **options).loss.backward()
 
 
 def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: torch.dtype = torch.float32) -> None:
@@ -54,7 +55,7 @@ def _policy_loss(config: rk.PolicyLossConfig, *, packed: bool = False, dtype: to
         normalizer=5,
         cu_seqlens=torch.tensor([0, 32, 96], dtype=torch.int32) if packed else None,
         config=config,
-        backend="triton",
+        backend=BACKEND,
     ).loss.backward()
 
 
@@ -68,40 +69,40 @@ def _value_loss(*, packed: bool = False, dtype: torch.dtype = torch.float32, cli
         mask=torch.ones(shape, dtype=torch.bool),
         clip_range=clip_range,
         cu_seqlens=torch.tensor([0, 32, 96], dtype=torch.int32) if packed else None,
-        backend="triton",
+        backend=BACKEND,
         **options,
     ).loss.backward()
 
 
 def _divergence(
-    beta: float, dtype: torch.dtype = torch.bfloat16, ref_dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = VOCABULARY, **options: Any
+    beta: float, dtype: torch.dtype = torch.bfloat16, ref_dtype: torch.dtype = torch.bfloat16, *, vocabulary: int | None = None, **options: Any
 ) -> None:
     """KL for beta 1, reverse KL for 0, JSD between."""
     logits, _ = _logits(dtype, vocabulary=vocabulary)
-    rk.generalized_jsd(logits, torch.zeros(*ROWS, vocabulary, dtype=ref_dtype), beta=beta, backend="triton", **options).sum().backward()
+    rk.generalized_jsd(logits, torch.zeros(logits.shape, dtype=ref_dtype), beta=beta, backend=BACKEND, **options).sum().backward()
 
 
 def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend="triton", **options)
+    rk.gae(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), gamma=0.99, lam=0.95, backend=BACKEND, **options)
 
 
 def _vtrace(*shape: int, masked: str, dtype: torch.dtype = torch.float32) -> None:
     """With every input there is."""
     rewards, values, logprobs, old, following = (torch.zeros(shape, dtype=dtype) for _ in range(5))
-    mask, terminated, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+    terminated, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
     rk.vtrace(
         rewards,
         values,
         logprobs,
         old,
         gamma=torch.ones(shape[0]),
-        mask=mask,
+        mask=torch.ones(shape, dtype=torch.bool),
         masked=masked,
         last_values=values[:, 0],
         next_values=following,
         terminated=terminated,
         truncated=truncated,
-        backend="triton",
+        backend=BACKEND,
     )
 
 
@@ -164,7 +165,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "gae truncated, of a length that is no multiple": partial(_gae, 8, 1001, truncated=torch.zeros(8, 1001, dtype=torch.bool)),
     "gae whitened": partial(_gae, 8, 512, whitened=True, mask=torch.ones(8, 512, dtype=torch.bool)),
     "gae of few long rows, whitened": partial(_gae, 4, 131072, whitened=True),
-    "discounted_returns": lambda: rk.discounted_returns(torch.zeros(8, 512), gamma=0.99, backend="triton"),
+    "discounted_returns": lambda: rk.discounted_returns(torch.zeros(8, 512), gamma=0.99, backend=BACKEND),
     "vtrace, masked steps skipped": partial(_vtrace, 8, 2048, masked="skip"),
     "vtrace, masked steps decay": partial(_vtrace, 8, 2048, masked="decay"),
     "vtrace of float64": partial(_vtrace, 8, 2048, masked="skip", dtype=torch.float64),
