@@ -146,6 +146,7 @@ OPTIONS = {
     "two-sided": {"delta": 1.25, "epsilon": 0.1, "epsilon_high": 0.15},
     "sequences": {"importance_sampling_level": "sequence", "epsilon": 0.01, "epsilon_high": 0.02},
     "sequences and kl": {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": False},
+    "sequences and weighted kl": {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True},
     "off-policy mask": {"off_policy_mask_threshold": 0.05},
     "entropy quantile": {"top_entropy_quantile": 0.4, "entropy_coef": 0.01},
     "entropy bonus": {"entropy_coef": 0.02},
@@ -339,6 +340,11 @@ def test_refusals(task, tmp_path, monkeypatch):
             m.setattr(trainer.args, name, value)
             with pytest.raises(ValueError, match=f"{name} must be one of .*got '{value}'"):
                 ours.enable(trainer)
+
+    with monkeypatch.context() as m:
+        m.setattr(trainer.args, "delta", -1.0)
+        with pytest.raises(ValueError, match="ratio_cap"):  # before training, not in its first step
+            ours.enable(trainer)
 
     class OwnLoss(trl.GRPOTrainer):
         def _compute_loss(self, model, inputs):

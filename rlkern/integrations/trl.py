@@ -106,13 +106,14 @@ class Enabled:
     """What :func:`enable` did to a trainer. ``disable()``, or the end of a ``with`` block, undoes it."""
 
     def __init__(self, trainer: Any, fuse_loss: bool) -> None:
-        self.trainer, self.fuse_loss, self.active = trainer, fuse_loss, True
+        self.trainer, self.active = trainer, True
         self._undo: list[Callable[[], None]] = []
+        self.config = policy_loss_config(trainer.args) if fuse_loss and _is_token_level(trainer.args) else None
         for model in (trainer.model, getattr(trainer, "ref_model", None)):
             if model is not None:
                 inner = unwrap(model)
                 self._replace(inner, "forward", self._forward(inner, inner.forward))
-        if fuse_loss:
+        if self.config is not None:
             self._compute_loss = trainer._compute_loss
             self._replace(trainer, "_compute_loss", self._loss)
         trainer._rlkern = self
@@ -180,9 +181,9 @@ class Enabled:
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """``GRPOTrainer._compute_loss``: TRL's value and metrics, of log-probs that carry no gradient, and the gradient of the fused loss."""
-        objective = self._objective(inputs) if torch.is_grad_enabled() else None
-        if objective is None:
+        if not torch.is_grad_enabled():
             return self._compute_loss(model, inputs)
+        objective = self._objective(inputs)
         fused: list[Tensor] = []
 
         def scored(**options: Any) -> Any:  # through the model's own call, so that the hooks of data parallelism see the loss
@@ -194,12 +195,10 @@ class Enabled:
         (loss,) = fused
         return value + (loss - loss.detach())
 
-    def _objective(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of ``rk.fused_linear_policy_loss`` for a batch of TRL's, None where it could not make the gradient in the forward."""
+    def _objective(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of ``rk.fused_linear_policy_loss`` for a batch of TRL's."""
+        assert self.config is not None
         trainer, args = self.trainer, self.trainer.args
-        config = policy_loss_config(args) if trainer.top_entropy_quantile == 1.0 else None
-        if config is None or not config.is_token_level:
-            return None
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         training = trainer.model.training  # TRL's "mode": evaluation neither splits nor accumulates
         steps = trainer.current_gradient_accumulation_steps if training else 1
@@ -221,7 +220,7 @@ class Enabled:
             "ref_logprobs": inputs["ref_per_token_logps"] if args.beta != 0 else None,
             "importance_weights": inputs["importance_sampling_ratio"] if weighted else None,
             "normalizer": normalizer,
-            "config": replace(config, entropy_coef=coef / steps),
+            "config": replace(self.config, entropy_coef=coef / steps),
         }
 
 
@@ -269,6 +268,12 @@ def enable(trainer: Any, *, fuse_loss: bool = True) -> Enabled:
         _check_loss(trainer.args)
     _check_model(trainer.model)
     return Enabled(trainer, fuse_loss)
+
+
+def _is_token_level(args: Any) -> bool:
+    """Whether a token's loss depends on its own log-prob alone, and not on entropies that are known after the forward."""
+    by_itself = args.loss_type != "vespo" and args.importance_sampling_level == "token" and args.off_policy_mask_threshold is None
+    return by_itself and args.top_entropy_quantile == 1.0
 
 
 def _check_loss(args: Any) -> None:
