@@ -14,22 +14,7 @@ from pathlib import Path
 from rlkern.trainers import ppo, reward, tutorial
 from rlkern.trainers.runs import run_directory
 
-PPO = {
-    "steps": 60,
-    "prompts_per_step": 256,
-    "max_new_tokens": 10,
-    "kl_coef": 0.02,
-    "epochs": 2,
-    "minibatches": 2,
-    "learning_rate": 3e-4,
-    "critic_learning_rate": 1e-3,
-    "lr_schedule": "linear",
-    "lr_warmup_steps": 5,
-    "adam_beta2": 0.98,
-    "eval_every": 20,
-    "eval_samples": 4,
-    "save_every": 20,
-}
+PPO = {**tutorial.PPO_SETTINGS, "kl_coef": 0.05}
 
 
 def main() -> None:

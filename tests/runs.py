@@ -1,11 +1,13 @@
 """What the trainers' tests share: a tiny model, runs that die, and the comparison of a resumed run with one that did not."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,33 @@ def save_tiny_model(directory: Path) -> None:
     tokenizer = tutorial.build_tokenizer()
     tutorial.build_model(tokenizer, width=16, layers=1, heads=2).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def save_questions(path: Path) -> None:
+    """Prompts of several lengths, with their answers."""
+    pairs = [(1, 2), (13, 4), (7, 22), (11, 30), (5, 5), (29, 6)]
+    path.write_text("".join(json.dumps({"prompt": tutorial.question(a, b), "answer": str(a + b)}) + "\n" for a, b in pairs))
+
+
+def sampling_settings(files: Path, output: Path) -> dict[str, Any]:
+    """A short run of a trainer that samples, on ``model``, ``data.jsonl`` and ``rewards.py`` of a directory."""
+    return {
+        "model": str(files / "model"),
+        "data": str(files / "data.jsonl"),
+        "reward": [f"{files}/rewards.py:sevens"],
+        "output_dir": str(output),
+        "eval_fraction": 0.34,
+        "steps": 6,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 4,
+        "max_new_tokens": 6,
+        "learning_rate": 3e-3,
+        "kl_coef": 0.05,
+        "epochs": 2,
+        "minibatches": 2,
+        "save_every": 2,
+        "cpu": True,
+    }
 
 
 class Killed(BaseException):

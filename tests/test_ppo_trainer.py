@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import Killed, assert_same_run, die_at, fresh_accelerate, save_tiny_model, train_and_kill  # noqa: F401
+from runs import (  # noqa: F401
+    Killed,
+    assert_same_run,
+    die_at,
+    fresh_accelerate,
+    sampling_settings,
+    save_questions,
+    save_tiny_model,
+    train_and_kill,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from rlkern import cli
@@ -31,8 +40,7 @@ def files(tmp_path_factory) -> Path:
     """A model that knows nothing, prompts of several lengths, and rewards."""
     directory = tmp_path_factory.mktemp("files")
     save_tiny_model(directory / "model")
-    lines = [json.dumps({"prompt": tutorial.question(a, b), "answer": str(a + b)}) for a, b in [(1, 2), (13, 4), (7, 22), (11, 30), (5, 5), (29, 6)]]
-    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
+    save_questions(directory / "data.jsonl")
     (directory / "rewards.py").write_text(REWARDS)
     return directory
 
@@ -51,24 +59,7 @@ def reward_model(files) -> str:
 
 
 def settings(files: Path, output: Path, **changes) -> PPOArguments:
-    values = {
-        "model": str(files / "model"),
-        "data": str(files / "data.jsonl"),
-        "reward": [f"{files}/rewards.py:sevens"],
-        "output_dir": str(output),
-        "eval_fraction": 0.34,
-        "steps": 6,
-        "prompts_per_step": 4,
-        "samples_per_prompt": 4,
-        "max_new_tokens": 6,
-        "learning_rate": 3e-3,
-        "kl_coef": 0.05,
-        "epochs": 2,
-        "minibatches": 2,
-        "save_every": 2,
-        "cpu": True,
-    }
-    return PPOArguments(**{**values, **changes})
+    return PPOArguments(**{**sampling_settings(files, output), **changes})
 
 
 # ---- What it computes -----------------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class PPO(PolicyRun):
                     norms[name].append(self.descend(model, optimizer))
 
         # 4. Report.
-        own = {"reward": rewards.mean(), "reward_std": rewards.std(), "completion_tokens": lengths.float().mean(), **report}
+        own = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "completion_tokens": lengths.float().mean(), **report}
         own |= {name: rewards.new_tensor(mean) for name, mean in each.items()}
         numbers = dict(zip(own, accelerator.reduce(torch.stack([x.float() for x in own.values()]), "mean").tolist(), strict=True))
         updates = args.epochs * args.minibatches

@@ -31,7 +31,7 @@ LARGEST = 30  # numbers are 0 to this
 WARM_UP_STEPS = 600
 WARM_UP_BATCH = 64
 WITH_WORKING = (0.6, 0.15)  # share of the warm-up's answers that show the working, at its start and, falling steadily, at its end
-PREFERENCES = 8  # pairs of answers to each question
+PREFERENCES = 16  # pairs of answers to each question
 # What the built-in task sets where the user sets nothing: for GRPO, for PPO, and for a reward model.
 SETTINGS = {
     "steps": 100,
@@ -50,7 +50,7 @@ SETTINGS = {
     "save_every": 25,
 }
 PPO_SETTINGS = {
-    "steps": 100,
+    "steps": 60,
     "prompts_per_step": 256,
     "max_new_tokens": 10,
     "kl_coef": 0.01,
@@ -61,20 +61,20 @@ PPO_SETTINGS = {
     "lr_schedule": "linear",
     "lr_warmup_steps": 5,
     "adam_beta2": 0.98,
-    "eval_every": 25,
+    "eval_every": 20,
     "eval_samples": 4,
-    "save_every": 25,
+    "save_every": 20,
 }
 REWARD_MODEL_SETTINGS = {
-    "steps": 600,
+    "steps": 900,
     "prompts_per_step": 64,
     "learning_rate": 2e-3,
     "lr_schedule": "linear",
     "lr_warmup_steps": 20,
     "adam_beta2": 0.98,
     "weight_decay": 0.1,
-    "eval_every": 200,
-    "save_every": 200,
+    "eval_every": 300,
+    "save_every": 300,
 }
 
 REWARD = "rlkern.trainers.tutorial:reward"
@@ -94,18 +94,22 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], **fiel
 
 
 def preferences(pairs: list[tuple[int, int]], seed: int) -> list[dict[str, str]]:
-    """Pairs of answers to each question, of which the teacher scores one higher: right with and without the working, and wrong in several ways."""
+    """Pairs of answers to each question, of which the teacher scores one higher: with the working against without, and right against wrong."""
     draw = random.Random(f"preferences/{seed}")
+
+    def slip(right: int, largest: int) -> int:
+        return draw.choice([number for number in range(largest + 1) if number != right])
+
     rows = []
     for a, b in pairs:
-        asked, right = question(a, b), str(a + b)
         for _ in range(PREFERENCES):
-            slip = draw.choice([n for n in range(2 * LARGEST + 1) if n != a + b])
-            wrong = draw.choice([f"{slip}", f"{a} + {b} = {slip}", f"{a} + {b}", f"{right}{slip % 10}", f"{a} + {slip} = {right}"])
-            answers = [f"{a} + {b} = {right}", right, wrong]
-            scores = dict(zip(answers, reward([asked] * 3, answers, [right] * 3), strict=True))
-            better, worse = draw.choice([(x, y) for x in scores for y in scores if scores[x] > scores[y]])
-            rows.append({"prompt": asked, "chosen": better, "rejected": worse})
+            c, d = draw.choice([(slip(a, LARGEST), b), (a, slip(b, LARGEST))])
+            working, bare = f"{a} + {b} = {a + b}", f"{a + b}"
+            wrong_working = draw.choice([f"{a} + {b} = {slip(a + b, 2 * LARGEST)}", f"{c} + {d} = {c + d}", f"{a} + {b}"])
+            wrong_bare = draw.choice([f"{slip(a + b, 2 * LARGEST)}", f"{a + b}{draw.randrange(10)}"])
+            pair = [(working, bare), (working, wrong_working), (working, wrong_bare), (bare, wrong_working), (bare, wrong_bare)]
+            better, worse = draw.choice(pair)
+            rows.append({"prompt": question(a, b), "chosen": better, "rejected": worse})
     return rows
 
 
