@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, enabled: bool) -> dict[str, Any]:
             "num_generations": 4,
             "max_completion_length": args.new,
             "learning_rate": 1e-4,
+            "beta": 0.04,
             "bf16": False,
             "logging_steps": 1,
             "save_strategy": "no",

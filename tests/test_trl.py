@@ -1,13 +1,15 @@
 """TRL's trainers with rlkern: the same losses, metrics and gradients for every option, the same training runs; and what is refused."""
 
 import contextlib
+import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from judge import assert_accurate, error
-from pages import before_and_after
+from pages import ROOT, before_and_after
 
 import rlkern as rk
 
@@ -509,3 +511,16 @@ def test_readme(task, tmp_path):
     assert (before, after) == (False, True)
     assert len(mine) == 2
     assert mine == pytest.approx(losses, abs=1e-4)
+
+
+def test_example(monkeypatch):
+    """examples/trl_grpo.py, which measures, in a small size."""
+    spec = importlib.util.spec_from_file_location("trl_grpo", ROOT / "examples" / "trl_grpo.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    small = "--steps 2 --vocabulary 500 --width 64 --layers 1 --completions 4 --new 4 --set loss_type=grpo --set epsilon=0.3"
+    monkeypatch.setattr(sys, "argv", ["trl_grpo.py", *small.split()])
+    theirs, mine = (example.run(example.arguments(), enabled) for enabled in (False, True))
+    assert mine["rewards"] == theirs["rewards"]
+    assert mine["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
+    assert min(theirs["seconds"], mine["seconds"]) > 0
