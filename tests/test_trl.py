@@ -10,6 +10,7 @@ import torch
 import transformers
 from judge import assert_accurate, error
 from pages import ROOT, before_and_after
+from ranks import on_ranks
 
 import rlkern as rk
 
@@ -480,6 +481,33 @@ def test_sharded_by_fsdp2(tmp_path):
     assert_accurate(runs[1][0], runs[0][0], eps=1e-5)
     for name, expected in runs[0][1].items():
         assert_accurate(runs[1][1][name], expected, eps=1e-5)
+
+
+def _data_parallel(rank, world, find_unused):
+    """(gradients of the fused loss of this rank's rows under DDP, those of the mean of both ranks' losses)."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=44, **LLAMA))
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ours.Enabled(SimpleNamespace(model=model, args=SimpleNamespace(temperature=1.0)), fuse_loss=False)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+    ids, advantages = torch.randint(3, 44, (world, 3, 10)), torch.randn(world, 3)
+
+    def loss(module, i):
+        objective = {"old_logprobs": None, "advantages": advantages[i], "mask": torch.ones(3, 6), "config": rk.PolicyLossConfig.grpo()}
+        options = {"attention_mask": torch.ones_like(ids[i]), "labels": ids[i], "fused_lm_head": True}
+        return module(input_ids=ids[i], **options, rlkern_objective=objective).loss
+
+    loss(parallel, rank).backward()
+    mine = [p.grad.clone() for p in model.parameters()]
+    return mine, torch.autograd.grad(sum(loss(model, i) for i in range(world)) / world, list(model.parameters()))
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_data_parallel(find_unused):
+    """DDP's hooks see a loss that is made inside the model's forward."""
+    for mine, expected in on_ranks(2, _data_parallel, find_unused):
+        for x, y in zip(mine, expected, strict=True):
+            assert_accurate(x, y, eps=1e-6)
 
 
 def test_rloo_configuration(task, tmp_path):
