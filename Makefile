@@ -19,7 +19,7 @@ help:
 	@echo "make pipeline  reward model from preferences, then PPO against it (5 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make lint    style and types only"
-	@echo "make bench   benchmarks against PyTorch, TRL and Liger, on a GPU where there is one"
+	@echo "make bench   benchmarks against PyTorch, TRL and Liger: 3 minutes on 2 CPU cores; on a GPU where there is one"
 	@echo "make gpu     on a GPU machine: the tests, the memory checker on the kernels, and the benchmarks"
 	@echo "make clean   remove .venv and caches"
 
@@ -38,7 +38,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest -q bench --benchmark-quiet
+	$(BIN)/python -m bench --quick
 
 gpu: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/gpu_check.sh

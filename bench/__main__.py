@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
-    parser.add_argument("--seconds", type=float, help="to spend on the rounds of one contest (default: 1.5, with --full 12)")
+    parser.add_argument("--seconds", type=float, help="to spend on the rounds of one contest (default: 1, with --full 12)")
     parser.add_argument("--out", type=Path, help="where the figures go, as JSON (default: bench/results/<device>-<quick or full>.json)")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -54,6 +55,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def compact(result: dict[str, Any]) -> str:
+    """JSON with five digits a number and a list of numbers on one line."""
+    text = json.dumps(json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}")), indent=1)
+    return re.sub(r"\[[-+.eE\d\s,]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
@@ -67,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     wanted = options.op or PARTS
     # Sittings far apart: what the machine does for a minute is then a difference between them, and in the spread.
-    sittings, rounds = (3, 3) if full else (2, 3)
-    seconds = (12.0 if full else 1.5) if options.seconds is None else options.seconds
+    sittings, rounds = (2, 4) if full else (2, 3)
+    seconds = (12.0 if full else 1.0) if options.seconds is None else options.seconds
     records = [Record(contest) for name in OPERATIONS if name in wanted for contest in OPERATIONS[name](device, full)]
     steps = sittings * len(records) + ("accuracy" in wanted) + ("update" in wanted)
     ceilings = {dtype: Ceilings(device, dtype) for dtype in dict.fromkeys(record.contest.dtype for record in records)}
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record.sit(seconds=seconds / sittings, rounds=(rounds, 50))
                 bar.update()
         result["contests"] = [record.json() for record in records]
+        options.out.write_text(compact(result))  # whatever becomes of the rest
         if "update" in wanted:
             bar.set_postfix_str("the longest sequence that fits")
             result["longest"] = longest(device, full=full)
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_postfix_str("accuracy")
             result["accuracy"] = accuracy.measure(device, full=full)
             bar.update()
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(compact(result))
     print(report.text(result))
     print(f"\nwritten to {options.out}; tables and plots: python -m bench.report {options.out}")
     return 0

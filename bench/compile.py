@@ -105,12 +105,12 @@ def record(launches: Mapping[str, Callable[[], Any]], target: str) -> list[Speci
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_active(_Driver(target)))
-        stack.enter_context(_replaced(JITFunction, run=run_recorded, _do_compile=compile_recorded))
+        stack.enter_context(replaced(JITFunction, run=run_recorded, _do_compile=compile_recorded))
         # The library refuses CPU tensors unless it believes itself interpreted, and asks PyTorch whose GPU it is, and how large.
-        stack.enter_context(_replaced(_backend, INTERPRETED=True))
+        stack.enter_context(replaced(_backend, INTERPRETED=True))
         for module in [m for name, m in sys.modules.items() if name.startswith("rlkern.") and hasattr(m, "multiprocessors")]:
-            stack.enter_context(_replaced(module, multiprocessors=lambda x: TARGETS[target].multiprocessors))
-        stack.enter_context(_replaced(torch.version, hip="AMD" if TARGETS[target].gpu.backend == "hip" else None))
+            stack.enter_context(replaced(module, multiprocessors=lambda x: TARGETS[target].multiprocessors))
+        stack.enter_context(replaced(torch.version, hip="AMD" if TARGETS[target].gpu.backend == "hip" else None))
         for current["launch"], launch in launches.items():
             launch()
     return list(found.values())
@@ -126,7 +126,7 @@ def _shapes(arguments: Any) -> Iterator[tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     before = {name: getattr(owner, name) for name in attributes}
     for name, value in attributes.items():
         setattr(owner, name, value)

@@ -22,6 +22,7 @@ PEERS = {
     "Cut Cross-Entropy": "cut-cross-entropy",
     "flash-attention": "flash-attn",
     "verl": "verl",
+    "TorchRL": "torchrl",
     "transformers": "transformers",
 }
 

@@ -28,7 +28,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "== compute-sanitizer is not installed: memory is not checked"
 fi
-part "benchmarks" python -m pytest -q bench --benchmark-quiet
+part "benchmarks" python -m bench --quick
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

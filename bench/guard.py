@@ -26,7 +26,7 @@ import triton
 
 import rlkern as rk
 from bench import launches
-from bench.compile import _replaced
+from bench.compile import replaced
 from bench.harness import memory
 from bench.traffic import traffic
 
@@ -75,13 +75,13 @@ CALLS: dict[str, Callable[[], Any]] = {
 def moved(calls: Mapping[str, Callable[[], Any]] = CALLS) -> Json:
     """What the kernels of each call move, and the call's peak of memory on each backend."""
     found: Json = {"moved": {}, "memory": {"triton": {}, "torch": {}}}
-    with _replaced(launches, VOCABULARY=VOCABULARY):
+    with replaced(launches, VOCABULARY=VOCABULARY):
         for name, call in calls.items():
             with traffic() as counted:
                 found["memory"]["triton"][name] = _peak(call)
             found["moved"][name] = {k: {"bytes loaded": m.loaded, "bytes stored": m.stored, "launches": m.launches} for k, m in counted.items()}
             if "own surrogate" not in name:  # which is written for Triton alone
-                with _replaced(launches, BACKEND="torch"):
+                with replaced(launches, BACKEND="torch"):
                     found["memory"]["torch"][name] = _peak(call)
     return found
 

@@ -1,7 +1,7 @@
 """Tables and plots of what ``python -m bench`` measured.
 
-    python -m bench.report bench/results/cpu-full.json                        # tables, as text
-    python -m bench.report bench/results/cpu-full.json --write                # into README.md and docs/, with plots beside them
+    python -m bench.report bench/results/cpu.json                        # tables, as text
+    python -m bench.report bench/results/cpu.json --write                # into README.md and docs/, with plots beside them
     python -m bench.report one.json --against other.json                      # ratios on which two runs disagree; exit code 1 if there are any
 
 The pages hold a table between ``<!-- bench: NAME -->`` and ``<!-- bench: end -->``; what stands there is written by this program alone.
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from bench.harness import OURS
+from rlkern.ops.linear import chunk_rows
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTED = ROOT / "bench" / "results" / "cpu-full.json"
+DOCUMENTED = ROOT / "bench" / "results" / "cpu.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scaling.md")
 HEADLINE = "fused_linear_policy_loss"
 DIMENSIONS = {
@@ -152,10 +154,10 @@ def summary_table(result: Json) -> str:
 def longest_table(result: Json) -> str:
     found = result["longest"]
     rows = []
-    for c in sorted((c for c in found["contenders"] if "missing" not in c), key=lambda c: -c["longest"]):
+    for c in sorted((c for c in found["contenders"] if "missing" not in c), key=lambda c: -c.get("longest", math.inf)):
         name = f"**{c['name']}**" if c["name"] == OURS else c["name"]
         measured = ", ".join(f"{n:,}: {size(p)}" for n, p in zip(c["lengths"], c["peak_bytes"], strict=True)) if "lengths" in c else ""
-        rows.append([name, *([measured] if measured else []), f"{c['longest']:,}"])
+        rows.append([name, *([measured] if measured else []), f"{c['longest']:,}" if "longest" in c else "beyond what was measured"])
     header = ["", *(["measured peaks, by length"] if len(rows[0]) == 3 else []), "longest sequence"]
     fits = f"The longest sequence an update of which fits in {size(found['budget_bytes'])} above model and optimiser state"
     title = f"{fits}, {shape_text(found['shape'])}; {found['by']}."
@@ -256,25 +258,29 @@ TOKENS = 1024 * 8192  # an update
 MICRO = 8192  # tokens of a micro-batch on one GPU
 RATES = {"matrix products": 400e12, "memory": 3e12}  # assumed, a GPU and second
 GPUS = (8, 64, 256, 1024)
+WHOLE = ("log_softmax, gather, entropy in chunks", "TRL's eager path")  # who hold all logits at once: their memory grows as N V
 
 
 def bytes_a_logit(result: Json) -> dict[str, float]:
-    """By how many bytes the measured peak grows for each token and vocabulary entry: least squares over the sweep of N."""
+    """By how many bytes the measured peak of those who hold all logits at once grows for each of them: between the two longest batches."""
     (sweep,) = (s for s in sweeps(result) if (s.operation, s.dimension) == (HEADLINE, "N"))
     slopes = {}
-    for name in sweep.contenders():
+    for name in WHOLE:
         x, peaks = sweep.curve(name, "peak_bytes")
-        if len(x) >= 3 and all(c["error"] is not None for contest in sweep.contests for c in contest["contenders"] if c["name"] == name):
-            slopes[name] = float(np.polyfit(x, peaks, 1)[0]) / sweep.fixed["V"]
+        if len(x) >= 2:
+            slopes[name] = (peaks[-1] - peaks[-2]) / (x[-1] - x[-2]) / sweep.fixed["V"]
     return slopes
 
 
 def memory_table(result: Json) -> str:
-    rows = []
-    for name, slope in sorted(bytes_a_logit(result).items(), key=lambda item: item[1]):
-        derived = [size(slope * MICRO * m.vocabulary) for m in LARGE]
-        rows.append([f"**{name}**" if name == OURS else name, f"{slope:.2f}", *derived])
-    return table(["", "measured: bytes a token and vocabulary entry", *(f"derived: {MICRO:,} tokens of {m.name}" for m in LARGE)], rows)
+    def chunk(m: LargeModel) -> int:
+        """Of bf16 logits, and the gradient of the hidden states in float32."""
+        logits = chunk_rows(m.vocabulary, torch.bfloat16, torch.device("cuda"), None) * m.vocabulary * 2
+        return logits + 4 * MICRO * m.width
+
+    rows = [[name, f"{slope:.2f}", *(size(slope * MICRO * m.vocabulary) for m in LARGE)] for name, slope in bytes_a_logit(result).items()]
+    rows.append([f"**{OURS}**, by its chunk", "", *(size(chunk(m)) for m in LARGE)])
+    return table(["", "measured: bytes a logit", *(f"derived: {MICRO:,} tokens of {m.name}" for m in LARGE)], rows)
 
 
 def work_table(result: Json) -> str:
@@ -291,7 +297,7 @@ def work_table(result: Json) -> str:
                     m.name,
                     f"{gpus:,}",
                     f"{tokens:,.0f}",
-                    f"{8 * products * tokens / 1e15:.1f}",
+                    three(8 * products * tokens / 1e15),
                     f"{products / m.parameters:.1%}",
                     seconds(at_rate),
                     seconds(logits),
@@ -320,7 +326,7 @@ def plot(result: Json, operation: str, path: Path) -> None:
     from matplotlib import pyplot
 
     columns = [s for s in sweeps(result) if s.operation == operation]
-    figures = {"median_seconds": "seconds", "peak_bytes": "peak memory above inputs, bytes", "roofline_fraction": "part of the ceiling"}
+    figures = {"median_seconds": "seconds", "peak_bytes": "peak bytes above inputs", "roofline_fraction": "part of the ceiling"}
     figure, axes = pyplot.subplots(len(figures), len(columns), figsize=(4.2 * len(columns), 8), squeeze=False, sharex="col", sharey="row")
     names = list(dict.fromkeys(name for s in columns for name in s.contenders()))
     colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))

@@ -1,63 +1,81 @@
-"""The benchmark's own promises: nobody is timed who is wrong, nobody is dropped in silence, memory is counted exactly."""
+"""The benchmark's own promises: nobody is timed who is wrong, nobody is dropped in silence, memory is counted exactly, spreads hold."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from bench import harness
-from bench.harness import OURS, Contest, Measured, hold, peak_memory, render
+import bench.__main__ as command
+from bench import accuracy, harness, report
+from bench.contests import OPERATIONS, update
+from bench.harness import OURS, Ceilings, Contest, Measured, Record, memory, ratio
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 def answer(value: float) -> harness.Prepare:
-    return lambda: lambda: [torch.full((4,), value)]
+    return lambda inputs: lambda: [torch.full((4,), value)]
 
 
-def absent() -> harness.Call:
+def absent(inputs: object) -> harness.Call:
     raise ImportError("No module named 'peer'")
 
 
-def crashing() -> harness.Call:
-    raise RuntimeError("no such kernel")
+def crashing(inputs: object) -> harness.Call:
+    raise RuntimeError("no such kernel\nand more")
 
 
 def contest(**contenders: harness.Prepare) -> Contest:
-    return Contest("a contest", exact=lambda: [torch.full((4,), 2.0, dtype=torch.float64)], contenders=contenders, tolerance=1e-6, sanity=0.1)
+    exact = [torch.full((4,), 2.0, dtype=torch.float64)]
+    return Contest("a contest", {"N": 4, "dtype": "float32"}, CPU, lambda: None, lambda inputs: exact, contenders, tolerance=1e-6, bytes=32)
+
+
+# ---- contests -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_peers_that_are_absent_crash_or_are_wrong_are_named_not_timed():
-    held = hold(contest(rlkern=answer(2.0), rough=answer(2.1), absent=absent, crashing=crashing, wrong=answer(3.0)), seconds=0.0)
-    assert [name for name, m in held.items() if not m.missing] == [OURS, "rough"]
-    assert held["rough"].error == pytest.approx(0.05)
-    table = render(contest(), held)
-    for line in ("absent", "No module named 'peer'", "RuntimeError: no such kernel", "wrong, with an error of 5.0e-01"):
-        assert line in table
+    record = Record(contest(rlkern=answer(2.0), rough=answer(2.1), absent=absent, crashing=crashing, wrong=answer(3.0))).sit(seconds=0.0)
+    record.sit(seconds=0.0)
+    assert [name for name, m in record.table.items() if not m.missing] == [OURS, "rough"]
+    assert record.table["rough"].error == pytest.approx(0.05)
+    text = report.contest_table(record.json())
+    for part in ("absent (No module named 'peer')", "crashing (RuntimeError: no such kernel)", "wrong (wrong, with an error of 5.0e-01)"):
+        assert part in text
 
 
 def test_we_must_be_right():
-    with pytest.raises(AssertionError, match="our error is"):
-        hold(contest(rlkern=answer(2.001)))
+    with pytest.raises(ArithmeticError, match="our error is"):
+        Record(contest(rlkern=answer(2.001))).sit()
     with pytest.raises(RuntimeError, match="no such kernel"):
-        hold(contest(rlkern=crashing))
+        Record(contest(rlkern=crashing)).sit()
 
 
 def test_nan_is_an_error():
     assert harness.error([torch.tensor([torch.nan, 1.0])], [torch.ones(2)]) == torch.inf
 
 
-def test_contenders_take_turns():
+def test_contenders_take_turns(monkeypatch):
+    monkeypatch.setattr(harness, "_repeats", lambda call, device: 1)
     order: list[str] = []
 
     def named(name: str) -> harness.Prepare:
-        return lambda: lambda: [order.append(name) or torch.full((4,), 2.0)]
+        return lambda inputs: lambda: [order.append(name) or torch.full((4,), 2.0)]
 
-    held = hold(contest(rlkern=named("a"), peer=named("b")), seconds=0.0, rounds=(4, 4))
-    assert "".join(order[-8:]) == "abbaabba"  # after the check and the count of memory; each round begins with the next one
-    assert len(held[OURS].seconds) == len(held["peer"].seconds) == 4
+    record = Record(contest(rlkern=named("a"), peer=named("b"))).sit(seconds=0.0, rounds=(4, 4))
+    assert "".join(order[-8:]) == "abbaabba"  # each round begins with the next one
+    assert [len(m.seconds[0]) for m in record.table.values()] == [4, 4]
 
 
-def test_ratios_are_of_the_same_round():
-    """A machine that slows down for a while slows both: the ratio stays."""
-    ours, peer = Measured(seconds=[1.0, 5.0, 1.0, 9.0]), Measured(seconds=[2.0, 10.0, 2.0, 18.0])
-    assert peer.over(ours) == (2.0, 0.0)
+def test_fractions_of_ceilings_are_of_the_same_run():
+    ceilings = Ceilings(CPU, torch.float32)
+    figures = Record(contest(rlkern=answer(2.0)), ceilings).sit(seconds=0.0).json()
+    (ours,) = figures["contenders"]
+    assert figures["ceilings"]["copy_bytes_per_second"] > 1e8
+    assert ours["bandwidth_fraction"] == pytest.approx(32 / ours["median_seconds"] / figures["ceilings"]["copy_bytes_per_second"])
+    assert ours["roofline_fraction"] == max(ours["bandwidth_fraction"], ours["flops_fraction"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator gives out")
@@ -66,5 +84,143 @@ def test_peak_memory_is_exact():
         torch.zeros(250_000)
         return [torch.zeros(250_000)]
 
-    assert peak_memory(one_after_the_other) == 1_000_000
-    assert peak_memory(lambda: [torch.zeros(250_000), torch.zeros(250_000)]) == 2_000_000
+    assert memory(one_after_the_other, CPU) == (1_000_000, 1_000_000)
+    assert memory(lambda: [torch.zeros(250_000) + torch.zeros(250_000)], CPU) == (3_000_000, 1_000_000)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_contests_cost_nothing_to_name_and_have_names_of_their_own(device, full):
+    contests = [contest for make in OPERATIONS.values() for contest in make(torch.device(device), full)]
+    assert len({c.title for c in contests}) == len(contests)
+    assert all(OURS in c.contenders and (c.bytes or c.flops) and isinstance(c.dtype, torch.dtype) for c in contests)
+
+
+# ---- spreads --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_of_the_same_round():
+    """A machine that slows down for a while slows both: the ratio stays."""
+    assert ratio([[2.0, 10.0], [2.0, 18.0]], [[1.0, 5.0], [1.0, 9.0]]) == (2.0, 0.0)
+
+
+class NoisyMachine:
+    """A clock, and calls that take their time by it: noise of each call, neighbours that stop it now and then, and moods."""
+
+    def __init__(self, seed: int) -> None:
+        self.now, self.random = 0.0, np.random.default_rng(seed)
+
+    def run(self, seconds: float) -> list[torch.Tensor]:
+        mood = 1 + 0.5 * np.sin(self.now / 3)
+        noise = np.exp(0.15 * self.random.standard_normal()) * (4.0 if self.random.random() < 0.05 else 1.0)
+        self.now += seconds * mood * noise
+        return [torch.full((4,), 2.0)]
+
+
+def noisy_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    machine = NoisyMachine(seed)
+    monkeypatch.setattr(harness, "clock", lambda device: machine.now)
+    monkeypatch.setattr(harness, "memory", lambda call, device: (0, 0))
+    times = {OURS: 0.1, "slower": 0.15, "faster": 0.08, "much slower": 1.0}
+    record = Record(contest(**{name: lambda inputs, s=s: lambda: machine.run(s) for name, s in times.items()}))
+    for _ in range(2):
+        record.sit(seconds=5.0, rounds=(3, 50))
+        machine.now += 60
+    return {"contests": [record.json()]}
+
+
+def test_two_runs_on_a_noisy_machine_agree_within_their_spreads(monkeypatch):
+    runs = [noisy_run(seed, monkeypatch) for seed in range(60)]
+    apart = [line for one, other in zip(runs[::2], runs[1::2], strict=True) for line in report.disagreements(one, other)]
+    assert apart == []
+    spreads = [c["ratio_spread"] / c["ratio"] for run in runs for c in run["contests"][0]["contenders"] if c["name"] != OURS]
+    assert 0.05 < np.median(spreads) < 0.5  # and say something
+
+
+def test_runs_of_different_code_disagree(monkeypatch):
+    one, other = noisy_run(0, monkeypatch), noisy_run(1, monkeypatch)
+    for c in other["contests"][0]["contenders"]:
+        c["ratio"] *= 3
+    assert len(list(report.disagreements(one, other))) >= 3
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "nothing"], "'token_logprobs'"),
+        (["--device", "tpu"], "'cuda'"),
+        (["--quick", "--full"], "not allowed with"),
+        (["--threads", "0"], "at least 1 is allowed"),
+        (["--seconds", "-1"], "0 or more is allowed"),
+        (["--out", "result.txt"], "a file named *.json is expected"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no GPU here; allowed is cpu")]),
+    ],
+)
+def test_bad_arguments_say_what_is_allowed(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main(arguments)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_command_writes_what_was_measured_and_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "gae", lambda device, full: [contest(rlkern=answer(2.0), absent=absent)])
+    out = tmp_path / "new" / "result.json"
+    assert command.main(["--quick", "--device", "cpu", "--op", "gae", "--seconds", "0", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert {"commit", "rlkern", "torch", "triton", "peers", "device", "clocks", "threads", "date"} <= set(result["environment"])
+    (found,) = result["contests"]
+    ours, peer = found["contenders"]
+    assert [len(sitting) for sitting in ours["seconds"]] == [3, 3]
+    assert peer == {"name": "absent", "missing": "No module named 'peer'"}
+    assert "Not measured: absent" in capsys.readouterr().out
+
+
+def test_exponents():
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    assert report.exponent(x, 3 * x**1.5) == pytest.approx((1.5, 0.0), abs=1e-9)
+    slope, spread = report.exponent(x, x * np.array([1.1, 0.9, 1.1, 0.9]))
+    assert abs(slope - 1) < spread < 0.2
+
+
+def test_longest_sequence_by_bisection():
+    asked: list[int] = []
+
+    def peak(length: int) -> int:
+        asked.append(length)
+        if length > 9000:
+            raise torch.OutOfMemoryError
+        return 10 * length
+
+    assert update.bisect(peak, 100, 77_777) == 77
+    assert update.bisect(peak, 10_000, 1 << 60) == 0
+    assert len(asked) < 20
+
+
+def test_accuracy_names_every_contender():
+    names = list(accuracy.contenders(CPU))
+    assert names[0] == OURS
+    logits = accuracy.logits_of("peaked", 4, 50, CPU)
+    assert (logits.max(-1).values > 30).all()
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_pages_show_the_committed_result(page):
+    """A page cannot deny its own table: python -m bench.report bench/results/cpu.json --write"""
+    text = page.read_text()
+    assert "<!-- bench: end -->" in text
+    assert report.filled(text, report.blocks(report.read(report.DOCUMENTED))) == text
+
+
+def test_plots_are_there():
+    assert [path for path in report.plots(report.read(report.DOCUMENTED)).values() if not path.exists()] == []
+
+
+def test_measured_reads_its_sittings():
+    assert Measured(seconds=[[3.0, 1.0], [2.0]]).median == 2.0

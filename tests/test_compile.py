@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
+from bench import guard
 from bench.compile import _GCN_LOAD, _PTX_LOAD, TARGETS, load_widths, occupancy
 from bench.launches import LAUNCHES, VOCABULARY
 
@@ -56,6 +58,13 @@ def test_vocabulary_is_loaded_128_bits_at_a_time(ours):
     assert walkers
     assert in_loops
     assert [f"{label(r)}: {r['loop_load_bits']}" for r in in_loops if r["loop_load_bits"] != [128]] == []
+
+
+def test_no_worse_than_the_baseline(ours):
+    baseline = guard.read()
+    if baseline["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"the baseline is of triton {baseline['versions']['triton']}, this is {triton.__version__}: registers differ")
+    assert guard.worse(guard.compiled(ours), baseline["compiled"]) == [], f"if this is meant: {guard.RENEW}"
 
 
 def test_launches_name_what_they_do():

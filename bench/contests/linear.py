@@ -235,9 +235,10 @@ def loss_contests(device: torch.device, full: bool) -> Iterator[Contest]:
     fp32 = torch.float32
     rows, width, vocabulary = (2048, 1024, 32000) if full else (256, 512, 16000)
     yield loss_contest(device, rows, width, vocabulary, fp32)
+    rows //= 2 if full else 1
     yield loss_contest(device, rows, width, vocabulary, fp32, frozen=True)
     yield loss_contest(device, rows, width, vocabulary, fp32, rollouts=True)
-    rows, width, vocabulary = (512, 512, 16384) if full else (128, 256, 8192)
+    rows, width, vocabulary = (256, 512, 16384) if full else (128, 256, 8192)
     yield loss_contest(device, rows, width, vocabulary, fp32)
     for k in (1, 2, 8, 16) if full else (1, 2, 8):  # quarters
         yield loss_contest(device, rows * k // 4, width, vocabulary, fp32)

@@ -195,7 +195,7 @@ def longest(device: torch.device, *, full: bool) -> dict[str, Any]:
     model = make_model(sizes, device)
     gpu = device.type == "cuda"
     budget = 16 << 30 if gpu else 8 << 30
-    lengths = (256, 512, 1024) if full else (64, 128, 256)
+    lengths = (512, 1024, 2048) if full else (256, 1024)
     contenders = []
     for name, loss in LOSSES.items():
         measure = partial(peak, loss, model, sizes, device)
@@ -206,7 +206,9 @@ def longest(device: torch.device, *, full: bool) -> dict[str, Any]:
             else:
                 peaks = [measure(n) for n in lengths]
                 slope = (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2])
-                entry |= {"lengths": lengths, "peak_bytes": peaks, "longest": int(lengths[-1] + (budget - peaks[-1]) / slope)}
+                entry |= {"lengths": lengths, "peak_bytes": peaks}
+                if slope > 0:  # else the optimiser still needs more than the loss: nothing follows
+                    entry["longest"] = int(lengths[-1] + (budget - peaks[-1]) / slope)
         except ImportError as why:
             entry["missing"] = str(why)
         contenders.append(entry)
