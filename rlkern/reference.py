@@ -7,7 +7,6 @@ Notation: ``S`` is the shape of per-token tensors (``[..., time]`` padded, or ``
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -641,8 +640,8 @@ def shaped_rewards(
 ) -> Tensor:
     """r_t = -kl_coef KL_t + 1[t is the last valid token] R  (InstructGPT).  rewards [batch], the rest [batch, time]; 0 at masked positions."""
     if cu_seqlens is not None:
-        pieces = []
-        for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        pieces, bounds = [], cu_seqlens.tolist()
+        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             lp, ref, m = (x[None, begin:end] for x in (logprobs, ref_logprobs, mask))
             pieces.append(shaped_rewards(rewards[i : i + 1], lp, ref, mask=m, kl_coef=kl_coef, kl_estimator=kl_estimator)[0])
         return torch.cat(pieces)
