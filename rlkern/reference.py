@@ -641,8 +641,8 @@ def shaped_rewards(
     """r_t = -kl_coef KL_t + 1[t is the last valid token] R  (InstructGPT).  rewards [batch], the rest [batch, time]; 0 at masked positions."""
     if cu_seqlens is not None:
         pieces, bounds = [], cu_seqlens.tolist()
-        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            lp, ref, m = (x[None, begin:end] for x in (logprobs, ref_logprobs, mask))
+        for i, begin in enumerate(bounds[:-1]):
+            lp, ref, m = (x[None, begin : bounds[i + 1]] for x in (logprobs, ref_logprobs, mask))
             pieces.append(shaped_rewards(rewards[i : i + 1], lp, ref, mask=m, kl_coef=kl_coef, kl_estimator=kl_estimator)[0])
         return torch.cat(pieces)
     m = mask != 0
