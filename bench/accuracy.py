@@ -21,7 +21,7 @@ def logits_of(kind: str, rows: int, vocabulary: int, device: torch.device) -> Te
     """``random``: spread 4 around 20. ``peaked``: one logit 20 above the others too, so that its probability is nearly 1."""
     logits = 20 + 4 * torch.randn(rows, vocabulary, device=device)
     if kind == "peaked":
-        logits[torch.arange(rows), torch.randint(vocabulary, (rows,), device=device)] += 20
+        logits[torch.arange(rows, device=device), torch.randint(vocabulary, (rows,), device=device)] += 20
     return logits
 
 

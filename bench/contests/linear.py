@@ -31,7 +31,7 @@ def rollout_mask(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(mask, advantages) ``[N]`` of 8 sequences in two groups, as RL has them: a quarter is prompt, ends differ, and one group was all right."""
     length = rows // SEQUENCES
     at = torch.arange(length, device=device)
-    ends = length // 2 + torch.randint(length // 2, (SEQUENCES, 1), device=device)
+    ends = length // 2 + torch.randint(length // 2, (SEQUENCES, 1), generator=torch.Generator().manual_seed(0)).to(device)
     mask = (at >= length // 4) & (at < ends)
     advantages = rk.group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0] + GROUP * [1.0], device=device), group_size=GROUP)
     return mask.flatten(), advantages.repeat_interleave(length)
@@ -168,7 +168,6 @@ def loss_contest(
     shape |= {"head": "frozen"} if frozen else {}
     needed = rows
     if rollouts:
-        torch.manual_seed(0)
         mask, advantages = rollout_mask(rows, torch.device("cpu"))
         needed = int((mask & (advantages != 0)).sum())
         shape["mask"] = f"{int(mask.sum()) / rows:.0%} counted, {needed / rows:.0%} with an advantage"
