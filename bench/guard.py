@@ -34,22 +34,23 @@ BASELINE = Path(__file__).with_name("baseline.json")
 RENEW = "python -m bench.guard --renew"
 VOCABULARY = 6000  # more than one block of each kernel, and no multiple of any
 LOADS = "narrowest load of a loop, bits"  # the one figure that is better when it is larger
+ROWS = 16  # of what starts from hidden states
 CPU = torch.device("cpu")
 
 Json = dict[str, Any]
 
 
 def _linear(function: Callable[..., Any], *, frozen: bool = False, grad: bool = True, **options: Any) -> None:
-    """64 rows in four chunks."""
-    hidden, weight = torch.ones(64, 96, requires_grad=grad), torch.ones(VOCABULARY, 96, requires_grad=grad and not frozen)
-    ids = torch.zeros(64, dtype=torch.int64)
-    result = function(hidden, weight, ids, chunk_bytes=16 * 4 * VOCABULARY, backend=launches.BACKEND, **options)
+    """All rows in four chunks."""
+    hidden, weight = torch.ones(ROWS, 96, requires_grad=grad), torch.ones(VOCABULARY, 96, requires_grad=grad and not frozen)
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    result = function(hidden, weight, ids, chunk_bytes=ROWS // 4 * 4 * VOCABULARY, backend=launches.BACKEND, **options)
     if grad:
         getattr(result, "loss", result).sum().backward()
 
 
 def _policy(hidden: Any, weight: Any, ids: Any, **options: Any) -> rk.LossOutput:
-    return rk.fused_linear_policy_loss(hidden, weight, ids, torch.zeros(64), torch.ones(64), **options)
+    return rk.fused_linear_policy_loss(hidden, weight, ids, torch.zeros(ROWS), torch.ones(ROWS), **options)
 
 
 def _divergence(hidden: Any, weight: Any, ids: Any, **options: Any) -> torch.Tensor:
@@ -65,7 +66,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     **{name: call for name, call in launches.LAUNCHES.items() if not _left_out(name)},
     "fused_linear_policy_loss": partial(_linear, _policy),
     "fused_linear_policy_loss, frozen head": partial(_linear, _policy, frozen=True),
-    "fused_linear_policy_loss of sequences": partial(_linear, _policy, config=rk.PolicyLossConfig.gspo(), cu_seqlens=torch.tensor([0, 20, 64])),
+    "fused_linear_policy_loss of sequences": partial(_linear, _policy, config=rk.PolicyLossConfig.gspo(), cu_seqlens=torch.tensor([0, 5, ROWS])),
     "linear_token_logprobs": partial(_linear, rk.linear_token_logprobs),
     "linear_token_logprobs without gradient": partial(_linear, rk.linear_token_logprobs, grad=False),
     "linear_full_kl": partial(_linear, _divergence),
