@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not triton.knobs.runtime.interpret:  # which is decided when triton is imported
         return subprocess.run([sys.executable, "-m", "bench.guard", *(argv or sys.argv[1:])], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # infinities that a kernel then discards
     now = moved() | {"compiled": compiled(compile_reports())}
     versions = {"torch": base(torch.__version__), "triton": triton.__version__}
     if options.renew:

@@ -118,11 +118,15 @@ def headline(result: Json) -> Json:
     return max(plain, key=lambda c: c["flops"])
 
 
+def threads(e: Json) -> str:
+    return f"{e['threads']} thread{'s' if e['threads'] != 1 else ''}"
+
+
 def machine(result: Json) -> str:
     e = result["environment"]
     peers = [f"{name} {version}" for name, version in e["peers"].items() if version]
     absent = [name for name, version in e["peers"].items() if not version]
-    parts = [e["device"], f"{e['threads']} threads" if "memory_bytes" not in e else size(e["memory_bytes"])]
+    parts = [e["device"], size(e["memory_bytes"]) if "memory_bytes" in e else threads(e)]
     parts += [f"rlkern {e['rlkern']} at {e['commit']}", f"torch {e['torch']}", f"triton {e['triton']}", *peers, e["date"][:10]]
     return ", ".join(parts) + (f"; not installed: {', '.join(absent)}" if absent else "") + f"; by `{result['command']}`"
 
@@ -349,7 +353,7 @@ def plot(result: Json, operation: str, path: Path) -> None:
     handles = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=8, frameon=False)
     e = result["environment"]
-    figure.suptitle(f"{operation}: {e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date'][:10]}", fontsize=10)
+    figure.suptitle(f"{operation}: {e['device']}, {threads(e)}, torch {e['torch']}, {e['date'][:10]}", fontsize=10)
     figure.tight_layout(rect=(0, 0.03 + 0.02 * math.ceil(len(names) / 3), 1, 1))
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
