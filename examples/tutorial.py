@@ -9,7 +9,8 @@ reward only          REINFORCE: -R log p                                  J = E[
 GRPO                 no critic: the mean of a group in its place, the KL in the loss
 ... once a step      the first two again, with one update a step in place of eight
 
-All start from the same warmed-up model, with the same seeds, the same number of completions a step, the same learning rate, and but for the last two the same number of updates.
+All start from the same warmed-up model, with the same seeds, the same number of completions a step, the same learning rate, and but for the last two
+the same number of updates.
 """
 
 import argparse
@@ -109,6 +110,8 @@ def draw(logs: list[dict[str, list[dict[str, Any]]]], path: Path) -> None:
             axes.plot(steps, [statistics.mean(at) for at in zip(*curves, strict=True)], style, label=name)
             axes.fill_between(steps, [min(at) for at in zip(*curves, strict=True)], [max(at) for at in zip(*curves, strict=True)], alpha=0.12)
         axes.set(title=label, xlabel="step")
+        if key == "kl":
+            axes.set_yscale("symlog", linthresh=0.5)
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)
