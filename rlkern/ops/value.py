@@ -12,8 +12,9 @@ from .._backend import device_of
 from .._checks import state_dtype
 from ..config import SEQUENCE_AGGREGATIONS
 from ..reference import sequence_sum, to_tokens
-from .tokens import WARPS, Layout, divisor
+from .tokens import Layout, divisor
 
+THREADS = 512  # one token of a block each: with two, the float64 sums of sm_100's packed variant spill
 METRICS = ("clip_fraction", "error", "value_mean", "return_mean", "explained_variance")
 
 
@@ -52,7 +53,7 @@ def _triton_path(x: Values, clip: float, aggregation: str, max_length: float, lo
             max_length,
             AGGREGATION=aggregation,
             BLOCK=layout.block,
-            num_warps=WARPS,
+            num_warps=THREADS // (64 if torch.version.hip else 32),
         )
 
 
