@@ -45,5 +45,5 @@ def contests(device: torch.device, full: bool) -> Iterator[Contest]:
         shapes += [(256, 4096), (256, 16384), (1024, 1024), (4096, 1024)] if full else []
     else:
         shapes = [(64, 256), (64, 1024), (64, 4096), (16, 1024), (256, 1024)]
-        shapes += [(64, 16384), (1024, 1024)] if full else []
+        shapes += [(64, 16384), (256, 2048), (1024, 1024)] if full else []
     yield from (contest(device, *shape) for shape in shapes)
