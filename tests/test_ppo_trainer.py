@@ -1,5 +1,6 @@
 """The PPO trainer on models of a few thousand weights: its arithmetic against plain PyTorch, what it writes, resuming, and errors."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -356,3 +357,40 @@ def test_without_arguments_the_built_in_task_is_trained(tmp_path, monkeypatch, c
     assert cli.main(["ppo", "--steps", "1", "--eval-samples", "1", "--cpu"]) == 0
     assert seen == [PPOArguments(**{**tutorial.PPO_SETTINGS, "steps": 1, "eval_samples": 1, "cpu": True})]
     assert "held out, after  PPO: mean reward" in capsys.readouterr().out
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pipeline_runs_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tutorial, "WARM_UP_STEPS", 3)
+    monkeypatch.setattr(tutorial, "PREFERENCES", 1)
+    for name, value in {"prompts_per_step": 16, "eval_samples": 1}.items():
+        monkeypatch.setitem(tutorial.PPO_SETTINGS, name, value)
+    said = []
+    for options in ([], ["--resume"]):
+        monkeypatch.setattr("sys.argv", ["rlhf.py", "--steps", "1", *options])
+        example("rlhf").main()
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out questions")])
+    assert len(said[0]) == 2
+    assert said[0] == said[1]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["rlhf-1"]
+
+
+def test_the_road_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tutorial, "WARM_UP_STEPS", 3)
+    monkeypatch.setattr(tutorial, "PREFERENCES", 1)
+    road = example("tutorial")
+    road.COMMON |= {"eval_samples": 1, "epochs": 1}
+    for name in set(road.ROAD) - {"reward only", "+ reference KL", "GRPO"}:
+        del road.ROAD[name]
+    monkeypatch.setattr("sys.argv", ["tutorial.py", "--steps", "2", "--output-dir", str(tmp_path)])
+    road.main()
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in road.ROAD)
+    assert (tmp_path / "tutorial.png").read_bytes().startswith(b"\x89PNG")

@@ -278,6 +278,7 @@ def test_errors_on_the_command_line_are_one_line(argv, message, tmp_path, monkey
 def test_without_arguments_the_built_in_preferences_are_learned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tutorial, "WARM_UP_STEPS", 3)
+    monkeypatch.setattr(tutorial, "PREFERENCES", 1)
     seen = []
     monkeypatch.setattr(reward, "train", lambda args: seen.append(args) or train(args))
     assert cli.main(["reward", "--steps", "2", "--cpu"]) == 0
