@@ -16,7 +16,7 @@ export PIP_USER := 0
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
-	@echo "make pipeline  reward model from preferences, then PPO against it (5 minutes on 2 CPU cores)"
+	@echo "make pipeline    a reward model from preferences, then PPO against it (3 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make lint    style and types only"
 	@echo "make bench   benchmarks against PyTorch, TRL and Liger: 3 minutes on 2 CPU cores; on a GPU where there is one"
