@@ -563,7 +563,7 @@ def test_bad_arguments_are_named(options, error, message):
 
 
 def test_inplace_needs_memory_of_its_own():
-    with pytest.raises(ValueError, match="inplace=True needs logits with unit stride .* elements that do not share memory"):
+    with pytest.raises(ValueError, match=r"inplace=True needs logits with unit stride .* elements that do not share memory"):
         rk.fused_policy_loss(torch.zeros(1, 1, 5).expand(2, 3, 5), IDS, TOKENS, TOKENS, inplace=True)
 
 
