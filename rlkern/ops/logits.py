@@ -107,9 +107,9 @@ class Rows:
         mask, temperature = (None if x is None else x.contiguous() for x in (self.mask, self.temperature))
         return self.ids.contiguous(), mask, temperature
 
-    def bits(self) -> float | Tensor:
-        """log2(e) logit_scale / T: a number, or one for each row in float64."""
-        return _LOG2E * (self.scale if self.temperature is None else self.scale / self.temperature.flatten().double())
+    def scales(self, dtype: torch.dtype) -> float | Tensor:
+        """logit_scale / T: a number, or one for each row."""
+        return self.scale if self.temperature is None else self.scale / self.temperature.flatten().to(dtype)
 
     def columns(self, logits: Tensor) -> tuple[int, int, int]:
         """(first token, number of columns that are tokens, size of the vocabulary) of these logits."""
@@ -117,12 +117,17 @@ class Rows:
             return 0, logits.shape[-1], logits.shape[-1]
         return self.shard.first, min(logits.shape[-1], max(self.shard.total - self.shard.first, 0)), self.shard.total
 
-    def targets(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat: whether the id is in the vocabulary, whether it is one of these columns, and which one; 0 where it is not."""
-        first, columns, total = self.columns(logits)
+    def inside(self, total: int) -> Tensor:
+        """Flat: whether the id is in a vocabulary of ``total``."""
+        token = self.ids.flatten()
+        return (token >= 0) & (token < total)
+
+    def targets(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat: whether the id is one of these columns, and which one; 0 where it is not."""
+        first, columns, _ = self.columns(logits)
         token = self.ids.flatten()
         here = (token >= first) & (token < first + columns)
-        return (token >= 0) & (token < total), here, torch.where(here, token - first, 0).long()
+        return here, torch.where(here, token - first, 0).long()
 
     def statistics(self, logits: Tensor, out: Statistics) -> None:
         """Fill ``out``, contiguous and of the shape of the ids."""
@@ -141,14 +146,17 @@ class Rows:
         """Fill ``out`` from the states of all shards, by one collective."""
         assert self.shard is not None
         m, s, t, x = self.shard.gather(states).double().unbind(-1)
-        top, s, t = merged(m, s, t, self.bits())
-        inside, live = self.targets(states.new_empty(0, self.shard.size))[0], self.live().flatten()
-        logprob = torch.where(inside, (x.sum(0) - top) * self.bits() / _LOG2E - s.log(), torch.nan)
-        found = {"logprob": logprob, "row_max": top, "log2_sum": s.log2()}
+        c = self.scales(torch.float64)
+        self.store(*merged(m, s, t, c * _LOG2E), x.sum(0), c, self.shard.total, out)
+
+    def store(self, m: Tensor, s: Tensor, t: Tensor, x: Tensor, c: float | Tensor, total: int, out: Statistics) -> None:
+        """Fill ``out`` from the state of whole rows, their targets ``x`` and scales ``c``: NaN where the id is outside, 0 where the row is dead."""
+        inside, dead, log_s = self.inside(total), ~self.live().flatten(), s.log()
+        out.logprob.view(-1).copy_(torch.where(inside, (x - m) * c - log_s, torch.nan).masked_fill_(dead, 0.0))
+        out.row_max.view(-1).copy_(m.masked_fill(dead, 0.0))
+        out.log2_sum.view(-1).copy_(s.log2().masked_fill_(dead, 0.0))
         if out.entropy.numel():
-            found["entropy"] = torch.where(inside, s.log() - t / s / _LOG2E, torch.nan)
-        for name, value in found.items():
-            getattr(out, name).view(-1).copy_(torch.where(live, value, 0.0))
+            out.entropy.view(-1).copy_(torch.where(inside, log_s - t / s / _LOG2E, torch.nan).masked_fill_(dead, 0.0))
 
     def gradient(self, out: Tensor, logits: Tensor, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
         """Fill ``out``, which may be ``logits``, with d loss / d logits, given a = d loss / d logprob and b = d loss / d entropy.
@@ -200,62 +208,54 @@ class LossTiling:
 def _triton_forward(logits: Tensor, rows: Rows, out: Statistics) -> None:
     from ..kernels import logits as kernels
 
-    x, n = as_rows(logits), rows.ids.numel()
-    vocabulary = x.shape[-1]
-    config = RowConfig.of(vocabulary, x.element_size())
-    segments = -(-vocabulary // config.segment)
-    partial = torch.empty(n, segments, 3, dtype=torch.float32, device=x.device) if segments > 1 else None
-    arguments = (x, *rows.contiguous(), out.logprob, out.entropy if out.entropy.numel() else None, out.row_max, out.log2_sum, partial)
-    layout = (vocabulary, x.shape[1], x.stride(0), x.stride(1), segments, rows.scale, rows.cap)
-    with device_of(x):
-        kernels.statistics_kernel[(n * segments,)](
-            *arguments,
-            *layout,
-            ENTROPY=out.entropy.numel() > 0,
-            SEGMENT=config.segment,
-            BLOCK=config.block,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
-        if partial is not None:
-            block = 32
+    results = (out.logprob, out.entropy if out.entropy.numel() else None, out.row_max, out.log2_sum)
+    x, arguments, layout = _launch_statistics(logits, rows, results, out.entropy.numel() > 0)
+    if arguments[-1] is not None:
+        n, segments, block = rows.ids.numel(), layout[4], 32
+        with device_of(x):
             kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), num_warps=1)
 
 
 def _triton_states(logits: Tensor, rows: Rows, with_entropy: bool) -> Tensor:
+    _, arguments, _ = _launch_statistics(logits, rows, None, with_entropy)
+    m, s, t = arguments[-1].double().movedim(1, 0).unbind(-1)
+    return _with_target(torch.stack(merged(m, s, t, rows.scales(torch.float64) * _LOG2E), -1).float(), logits, rows)
+
+
+def _launch_statistics(
+    logits: Tensor, rows: Rows, results: tuple[Tensor | None, ...] | None, with_entropy: bool
+) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """Fill ``results``, or where there are none, or a row has several segments, their states: the last of the arguments, ``[n, segments, 3]`` or
+    None. Gives the rows of logits, and the arguments and the layout that the kernel was launched with."""
     from ..kernels import logits as kernels
 
     x, n = as_rows(logits), rows.ids.numel()
     _, columns, _ = rows.columns(logits)
-    config = RowConfig.of(logits.shape[-1], x.element_size())
+    config = RowConfig.of(x.shape[-1], x.element_size())
     segments = max(1, -(-columns // config.segment))
-    partial = torch.zeros(n, segments, 3, dtype=torch.float32, device=x.device)
+    partial = None
+    if results is None:
+        partial = torch.zeros(n, segments, 3, dtype=torch.float32, device=x.device)  # of dead rows too
+    elif segments > 1:
+        partial = torch.empty(n, segments, 3, dtype=torch.float32, device=x.device)
+    arguments = (x, *rows.contiguous(), *(results or (None,) * 4), partial)
+    layout = (columns, x.shape[1], x.stride(0), x.stride(1), segments, rows.scale, rows.cap)
     with device_of(x):
         kernels.statistics_kernel[(n * segments,)](
-            x,
-            *rows.contiguous(),
-            *(None,) * 4,
-            partial,
-            columns,
-            x.shape[1],
-            x.stride(0),
-            x.stride(1),
-            segments,
-            rows.scale,
-            rows.cap,
+            *arguments,
+            *layout,
             ENTROPY=with_entropy,
             SEGMENT=config.segment,
             BLOCK=config.block,
             STAGES=config.stages,
             num_warps=config.warps,
         )
-    m, s, t = partial.double().movedim(1, 0).unbind(-1)
-    return _with_target(torch.stack(merged(m, s, t, rows.bits()), -1).float(), logits, rows)
+    return x, arguments, layout
 
 
 def _with_target(state: Tensor, logits: Tensor, rows: Rows) -> Tensor:
     """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it, or the row is dead."""
-    _, here, column = rows.targets(logits)
+    here, column = rows.targets(logits)
     x = as_rows(logits)
     at = torch.arange(here.numel(), device=x.device)
     wanted = here & rows.live().flatten()
@@ -386,19 +386,12 @@ def _torch_states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
 
 
 def _torch_forward(logits: Tensor, per_row: Rows, out: Statistics) -> None:
-    inside, live = per_row.targets(logits)[0], per_row.live().flatten()
     m, s, t, x = _torch_states(logits, per_row, out.entropy.numel() > 0).unbind(1)
-    c = per_row.scale if per_row.temperature is None else per_row.scale / per_row.temperature.flatten().to(m.dtype)
-    log_s = s.log()
-    out.logprob.view(-1).copy_(torch.where(inside, (x - m) * c - log_s, torch.nan).masked_fill_(~live, 0.0))
-    out.row_max.view(-1).copy_(m)
-    out.log2_sum.view(-1).copy_(s.log2().masked_fill_(~live, 0.0))
-    if out.entropy.numel():
-        out.entropy.view(-1).copy_(torch.where(inside, log_s - t / s / _LOG2E, torch.nan).masked_fill_(~live, 0.0))
+    per_row.store(m, s, t, x, per_row.scales(m.dtype), logits.shape[-1], out)
 
 
 def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Tensor | None, statistics: Statistics) -> None:
-    _, columns, _ = per_row.columns(logits)
+    _, columns, total = per_row.columns(logits)
     if columns < logits.shape[-1]:  # padding of the vocabulary
         out[..., columns:] = 0
     x, dx = as_rows(logits)[..., :columns], as_rows(out)[..., :columns]
@@ -407,7 +400,7 @@ def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Te
     scale, cap = per_row.scale, per_row.cap
     a, b = a.flatten(), None if b is None else b.flatten()
     live = per_row.live().flatten() & ((a != 0) if b is None else (a != 0) | (b != 0))
-    inside, here, target = per_row.targets(logits)
+    inside, (here, target) = per_row.inside(total), per_row.targets(logits)
     a = a.masked_fill(~inside, torch.nan)
     h, m, log2_s = (t.reshape(-1, 1) for t in statistics[1:])
     chunks = Chunks(x, live, state_dtype(logits))
