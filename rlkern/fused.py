@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import choose_backend, choose_validate
+from ._backend import choose_backend
 from ._checks import check_choice, check_tensor, state_dtype
 from .config import PolicyLossConfig
 from .distributed import ProcessGroup
@@ -153,8 +153,7 @@ def fused_policy_loss(
     Raises:
         TypeError, ValueError: as the two functions.
     """
-    must_validate = choose_validate(validate, logits) if isinstance(logits, Tensor) else False
-    logits, shape, device, shard = check_logits(logits, ids, mask, process_group, must_validate)
+    logits, shape, device, shard, must_validate = check_logits(logits, ids, mask, process_group, validate)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     if inplace:
         check_writable("inplace=True", logits)

@@ -17,18 +17,19 @@ from .ops.shards import Shard
 
 
 def check_logits(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, process_group: ProcessGroup, validate: bool
-) -> tuple[Tensor, torch.Size, torch.device, Shard | None]:
-    """Check logits, ids and mask; gives the logits that are here, S, the device, and the part of the vocabulary."""
+    logits: Tensor, ids: Tensor, mask: Tensor | None, process_group: ProcessGroup, validate: bool | None
+) -> tuple[Tensor, torch.Size, torch.device, Shard | None, bool]:
+    """Check logits, ids and mask; gives the logits that are here, S, the device, the part of the vocabulary, and whether to validate."""
     check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
     logits, process_group = local("logits", logits, -1, process_group)
     shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
     if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
     _check_ids(ids, mask, shape, device)
-    if shard is not None and validate:
+    must_validate = choose_validate(validate, logits)
+    if shard is not None and must_validate:
         check_same_inputs(shard, ids, mask, 0)
-    return logits, shape, device, shard
+    return logits, shape, device, shard, must_validate
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
@@ -317,8 +318,7 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range, and, when validating, for an id outside ``[0, V)``.
     """
-    must_validate = choose_validate(validate, logits) if isinstance(logits, Tensor) else False
-    logits, shape, device, shard = check_logits(logits, ids, mask, process_group, must_validate)
+    logits, shape, device, shard, must_validate = check_logits(logits, ids, mask, process_group, validate)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     if inplace_backward:
         check_writable("inplace_backward=True", logits)
