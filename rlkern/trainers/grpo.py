@@ -137,12 +137,13 @@ class GRPO(PolicyRun):
         # 2. Score them. The advantage of a completion is how much better it is than its group.
         rewards, each = self.total_rewards(self.rewards, rows, texts)
         advantages = rk.group_advantages(
-            accelerator.gather(rewards),
+            rewards,
             group_size=args.samples_per_prompt,
             baseline=args.advantage_baseline,
             scale=args.advantage_scale,
-            lengths=accelerator.gather(lengths),
-        )[self.rank * len(rows) : (self.rank + 1) * len(rows)]
+            lengths=lengths,
+            process_group=self.everyone,
+        )
         own = {"reward": rewards.mean(), **{name: rewards.new_tensor(mean) for name, mean in each.items()}}
         if self.process_reward is not None:
             advantages, own["process_reward"] = self.process_advantages(rows, batch, texts)

@@ -30,6 +30,7 @@ class PolicyRun(Run):
 
     def __init__(self, args: PolicyArguments):
         super().__init__(args)
+        self.everyone = torch.distributed.group.WORLD if self.world > 1 else None
         self.prompts_here, rest = divmod(args.prompts_per_step, self.world)
         if rest or self.prompts_here * args.samples_per_prompt % args.minibatches:
             sizes = f"{args.prompts_per_step} prompts x {args.samples_per_prompt} samples in {self.world} processes"

@@ -165,8 +165,7 @@ class PPO(PolicyRun):
             shaped, values, gamma=args.gamma, lam=lam, mask=mask, next_values=next_values, truncated=cut, terminated=last & ~cut
         )
         if args.whiten:
-            everyone = torch.distributed.group.WORLD if self.world > 1 else None
-            advantages = rk.whiten(advantages, mask, process_group=everyone)
+            advantages = rk.whiten(advantages, mask, process_group=self.everyone)
 
         kl = rk.kl_penalty(old, ref, args.kl_estimator, mask=mask).sum() / mask.sum()
         fit = rk.value_loss(values, None, returns, mask=mask).metrics
