@@ -116,6 +116,12 @@ def test_the_models_own_sampling_defaults_do_not_act_but_are_saved(files, tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").generation_config.top_k == 1
 
 
+def test_processes_that_do_not_see_each_other_are_an_error(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="4 processes were launched, but accelerate sees 1"):
+        GRPO(settings(files, tmp_path / "run", cpu=False))
+
+
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
 def test_micro_batches_change_nothing(files, tmp_path, loss):
     weights, numbers = [], []

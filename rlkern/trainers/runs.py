@@ -220,10 +220,26 @@ class Run(ABC):
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.sharded = shards_models(self.accelerator)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        self.directory = Path(broadcast_object_list([str(run_directory(args.output_dir, name=self.name, resume=args.resume))])[0])
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world != launched:
+            raise InputError(f"{launched} processes were launched, but accelerate sees {self.world}; without GPUs, set cpu", field="cpu")
+        self.directory = self._directory()
         self.warm_up: dict[str, Any] | None = None
         self._settings = asdict(args)
         self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
+
+    def _directory(self) -> Path:
+        """Where the run lives, as the first process finds the disk, before any has written there."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [run_directory(self.args.output_dir, name=self.name, resume=self.args.resume)]
+            except InputError as error:
+                found = [error]
+        (where,) = broadcast_object_list(found)
+        if isinstance(where, InputError):
+            raise where
+        return where
 
     def ready(self, model: Any) -> Any:
         """A model made ready to be trained as the settings have it; it has no dropout."""
