@@ -119,7 +119,7 @@ def importance_ratio(
     if mask is not None:
         check_tensor("mask", mask, shape=logprobs.shape, device=logprobs.device)
     check_choice("level", level, RATIO_LEVELS)
-    _check_sequences(logprobs, cu_seqlens, None, level)
+    _check_sequences(logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
     limits = check_clamp("log_ratio_clamp", log_ratio_clamp)
     return reference.importance_ratio(logprobs, old_logprobs, mask=mask, level=level, log_ratio_clamp=limits, cu_seqlens=cu_seqlens)
 
@@ -151,7 +151,7 @@ def importance_weights(
             check_number(name, x, at_least=0)
     if low is not None and high is not None and low > high:
         raise ValueError(f"low must be at most high, got {low} and {high}")
-    _check_sequences(old_logprobs, cu_seqlens, None, level)
+    _check_sequences(old_logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
     return reference.importance_weights(
         old_logprobs, sampling_logprobs, mask=mask, level=level, low=low, high=high, outside=outside, cu_seqlens=cu_seqlens
     )
@@ -237,14 +237,7 @@ def value_loss(
         check_number("clip_range", clip_range, above=0)
         if old_values is None:
             raise ValueError(f"old_values is needed with clip_range={clip_range}, got None")
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    _check_sequences(values, cu_seqlens, validate)
-    if aggregation in SEQUENCE_AGGREGATIONS and cu_seqlens is None and values.dim() == 1:
-        raise ValueError(f"aggregation {aggregation!r} needs values of [batch, time], or cu_seqlens with [tokens]; got shape {tuple(values.shape)}")
-    if max_length is not None:
-        check_number("max_length", max_length, above=0)
-    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
-        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length")
+    _check_sequences(values, cu_seqlens, validate, _check_aggregation(aggregation, max_length, cu_seqlens))
     x = Values(values, None if clip_range is None else old_values, returns, mask, _as_normalizer(normalizer, values), cu_seqlens)
     longest = float(values.shape[-1] if max_length is None else max_length)
     loss, metrics = value_loss_on_tokens(x, clip_range or 0.0, aggregation, longest, choose_backend(backend, values))
@@ -348,17 +341,12 @@ def check_tokens(
     for name, x in (("mask", mask), ("entropy_mask", entropy_mask)):
         if x is not None:
             check_tensor(name, x, shape=shape, device=device)
-    _check_sequences(logprobs, cu_seqlens, validate)
+    for aggregation in (config.aggregation, config.own_entropy_aggregation or config.aggregation):
+        _check_aggregation(aggregation, config.max_length, cu_seqlens)
+    _check_sequences(logprobs, cu_seqlens, validate, config.sequence_option)
     _check_per_token("advantages", advantages, logprobs, cu_seqlens)
     if importance_weights is not None:
         _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)
-    if config.needs_sequences and cu_seqlens is None and logprobs.dim() == 1:
-        raise ValueError(
-            f"a loss over sequences ({config.sequence_option}) needs logprobs of [batch, time], or cu_seqlens with [tokens]; "
-            f"got shape {tuple(shape)} without cu_seqlens"
-        )
-    if config.aggregation == "seq-mean-token-sum-norm" and config.max_length is None and cu_seqlens is not None:
-        raise ValueError("aggregation 'seq-mean-token-sum-norm' of packed sequences needs max_length in the config")
     for needed, name, x in (
         (config.kl_coef != 0, "ref_logprobs", ref_logprobs),
         (config.entropy_coef != 0, "entropy", entropy),
@@ -392,23 +380,31 @@ def token_weights(
     validate: bool | None,
 ) -> Tensor:
     """Check how losses are to be aggregated, and give each token's weight, of the shape of ``mask``."""
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    if max_length is not None:
-        check_number("max_length", max_length, above=0)
     like = torch.empty(mask.shape, dtype=dtype, device=mask.device)
-    _check_sequences(like, cu_seqlens, validate, "sequence" if aggregation in SEQUENCE_AGGREGATIONS else "token")
+    _check_sequences(like, cu_seqlens, validate, _check_aggregation(aggregation, max_length, cu_seqlens))
     return reference.aggregation_weights(
         mask, aggregation, dtype=dtype, normalizer=_as_normalizer(normalizer, like), max_length=max_length, cu_seqlens=cu_seqlens
     )
 
 
-def _check_sequences(logprobs: Tensor, cu_seqlens: Tensor | None, validate: bool | None, level: str = "token") -> None:
+def _check_aggregation(aggregation: str, max_length: float | None, cu_seqlens: Tensor | None) -> str | None:
+    """Check how losses are to be aggregated; what that is, if it needs sequences."""
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if max_length is not None:
+        check_number("max_length", max_length, above=0)
+    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+        raise ValueError(f"aggregation {aggregation!r} of packed sequences needs max_length")
+    return f"aggregation {aggregation!r}" if aggregation in SEQUENCE_AGGREGATIONS else None
+
+
+def _check_sequences(like: Tensor, cu_seqlens: Tensor | None, validate: bool | None, needed_by: str | None) -> None:
+    """Check that there are sequences in tensors like this one, where something needs them."""
     if cu_seqlens is not None:
-        if logprobs.dim() != 1:
-            raise ValueError(f"cu_seqlens goes with packed tensors of shape [tokens], got {tuple(logprobs.shape)}")
-        check_cu_seqlens(cu_seqlens, logprobs.shape[0], like=logprobs, validate=choose_validate(validate, logprobs))
-    elif level != "token" and logprobs.dim() == 1:
-        raise ValueError(f"level {level!r} needs sequences: pass [batch, time], or cu_seqlens with [tokens]; got shape {tuple(logprobs.shape)}")
+        if like.dim() != 1:
+            raise ValueError(f"cu_seqlens goes with packed tensors of shape [tokens], got {tuple(like.shape)}")
+        check_cu_seqlens(cu_seqlens, like.shape[0], like=like, validate=choose_validate(validate, like))
+    elif needed_by is not None and like.dim() == 1:
+        raise ValueError(f"{needed_by} needs sequences: pass [batch, time], or cu_seqlens with [tokens]; got shape {tuple(like.shape)}")
 
 
 def _check_per_token(name: str, x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None, broadcast: bool = False) -> None:

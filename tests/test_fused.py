@@ -526,6 +526,9 @@ def test_a_loss_of_ones_own_is_checked():
         rk.fused_linear_loss(hidden, weight, ids, lambda lp, h, x: lp, (torch.zeros(3),))
     with pytest.raises(ValueError, match="aggregation must be one of"):
         rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: lp, aggregation="mean")
+    packed = {"aggregation": "seq-mean-token-sum-norm", "cu_seqlens": torch.tensor([0, 2, 6])}
+    with pytest.raises(ValueError, match="needs max_length"):
+        rk.fused_linear_loss(hidden.flatten(0, 1), weight, ids.flatten(), lambda lp, h: lp, **packed)
     constant = rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: torch.ones_like(lp))
     constant.loss.backward()
     assert constant.loss.item() == 1

@@ -543,7 +543,7 @@ def test_errors(changes, config, error_type, message):
 )
 def test_one_dimension_without_cu_seqlens_has_no_sequences(config):
     arguments = pack(make_batch(torch.device("cpu"))).kwargs(cu_seqlens=None)
-    with pytest.raises(ValueError, match=r"needs logprobs of \[batch, time\], or cu_seqlens with \[tokens\]; got shape \(13,\)"):
+    with pytest.raises(ValueError, match=r"needs sequences: pass \[batch, time\], or cu_seqlens with \[tokens\]; got shape \(13,\)"):
         rk.policy_loss(**arguments, config=config)
 
 
@@ -551,8 +551,9 @@ def test_errors_of_packed_inputs():
     arguments = pack(make_batch(torch.device("cpu"))).kwargs()
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 13"):
         rk.policy_loss(**{**arguments, "cu_seqlens": torch.tensor([0, 5, 12])})
-    with pytest.raises(ValueError, match="needs max_length"):
-        rk.policy_loss(**arguments, config=Config.dr_grpo())
+    for config in (Config.dr_grpo(), Config(entropy_coef=0.1, entropy_aggregation="seq-mean-token-sum-norm")):
+        with pytest.raises(ValueError, match="needs max_length"):
+            rk.policy_loss(**arguments, config=config)
     with pytest.raises(ValueError, match=r"advantages must have shape \(13,\) or \(4,\); got \(3,\)"):
         rk.policy_loss(**{**arguments, "advantages": torch.zeros(3)})
 

@@ -200,7 +200,7 @@ def test_errors(changes, error_type, message):
 
 def test_errors_of_packed_inputs():
     x = torch.zeros(4)
-    with pytest.raises(ValueError, match=r"needs values of \[batch, time\], or cu_seqlens"):
+    with pytest.raises(ValueError, match=r"needs sequences: pass \[batch, time\], or cu_seqlens"):
         rk.value_loss(x, None, x, aggregation="seq-mean-token-mean")
     with pytest.raises(ValueError, match="needs max_length"):
         rk.value_loss(x, None, x, aggregation="seq-mean-token-sum-norm", cu_seqlens=torch.tensor([0, 4]))
