@@ -107,6 +107,7 @@ class PolicyRun(Run):
         if self.args.mixed_precision != "no":  # as autocast has it for the layers before
             precision = torch.get_autocast_dtype(self.device.type)
             hidden, head = hidden.to(precision), head._replace(weight=head.weight.to(precision))
+        head = head._replace(weight=rk.gather_parameter(head.weight))  # where FSDP has its module sharded again
         # The state at one position predicts the token at the next.
         tokens = {"hidden": hidden[:, -new - 1 : -1], "ids": batch.ids[:, -new:], "mask": batch.mask}
         return {**tokens, "temperature": self.args.temperature, **head._asdict()}

@@ -165,7 +165,6 @@ class PPO(PolicyRun):
         )
         if args.whiten:
             advantages = rk.whiten(advantages, mask, process_group=self.everyone)
-
         return Experience(batch, old, values, advantages, returns), rk.kl_penalty(old, ref, args.kl_estimator, mask=mask)
 
     def losses(self, now: Experience, tokens: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
