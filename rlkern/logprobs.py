@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
-from .distributed import ProcessGroup, check_same_inputs, is_distributed, local, shard_of
+from .distributed import ProcessGroup, VocabShard, check_same_inputs, is_distributed, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
@@ -122,6 +122,24 @@ class LinearInputs(NamedTuple):
         return take_gradients(self.hidden, self.weight, self.bias)
 
 
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: ProcessGroup, prefix: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
+    """What is here of hidden states and a head, named with the prefix, and which part of the vocabulary that is."""
+    check_tensor(f"{prefix}weight", weight, min_dim=2)
+    same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
+    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None)
+    bias = None if bias is None else local(f"{prefix}bias", bias, 0, process_group, same_tokens=same_tokens)[0]
+    weight, process_group = local(f"{prefix}weight", weight, 0, process_group, same_tokens=same_tokens)
+    shard = shard_of(process_group, weight.shape[0])
+    if isinstance(tokens, VocabShard) and shard is not None and tokens.group.group_name == shard.group_name:
+        raise ValueError(
+            f"{prefix}hidden is a DTensor of whose tokens each rank has a part, and {prefix}weight is divided among the same ranks: each needs all "
+            f"tokens, {prefix}hidden.redistribute(placements=[Replicate()]), or all of the head, {prefix}weight.full_tensor()"
+        )
+    return hidden, weight, bias, shard
+
+
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, prefix: str = "", sharded: bool = False
 ) -> torch.dtype:
@@ -197,12 +215,7 @@ def check_linear(
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    check_tensor("weight", weight, min_dim=2)
-    same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
-    hidden, _ = local("hidden", hidden, 0, None)
-    bias = None if bias is None else local("bias", bias, 0, process_group, same_tokens=same_tokens)[0]
-    weight, process_group = local("weight", weight, 0, process_group, same_tokens=same_tokens)
-    shard = shard_of(process_group, weight.shape[0])
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
     dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
     shape, device = hidden.shape[:-1], hidden.device
     _check_ids(ids, mask, shape, device)

@@ -1,12 +1,12 @@
 """Vocabularies divided among ranks: values and all gradients are those of one process, to rounding; every rank gets the same bits."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from divided import SCALING, SIZES, V, assert_same, collectives, inputs, nan, problem
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -14,10 +14,6 @@ from torch import Tensor
 import rlkern as rk
 from rlkern.surrogates import SURROGATES
 
-nan = float("nan")
-V, H = 23, 8
-# Columns of each rank, with one of padding in all; one rank has nothing.
-SIZES = {2: (12, 12), 3: (5, 11, 8), 4: (9, 0, 8, 7)}
 PRESETS = {
     name: getattr(rk.PolicyLossConfig, name)(kl_coef=0.1, **({"max_length": 6} if name == "dr_grpo" else {}))
     for name in (
@@ -38,58 +34,6 @@ PRESETS = {
         "reinforce",
     )
 } | {"entropy bonus": rk.PolicyLossConfig.grpo(entropy_coef=0.1)}
-
-
-def problem(world: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """[3, 6] tokens, among them the first and last of every rank; NaN where the mask is 0."""
-    g = torch.Generator().manual_seed(world)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    ids = torch.randint(V, (3, 6), generator=g)
-    first = 0
-    for i, size in enumerate(SIZES[world]):
-        if size:
-            ids[i % 3, i // 3], ids[i % 3, 2 + i // 3] = first, min(first + size, V) - 1
-        first += size
-    ids[1, 5] = -100
-    mask = torch.ones(3, 6)
-    mask[2, 4:] = mask[0, 5] = 0
-    hidden, weight, bias = normal(3, 6, H), normal(V, H) / 2, normal(V) / 2
-    lp = torch.log_softmax(hidden @ weight.t() + bias, -1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]
-    old = lp + 0.2 * normal(3, 6)
-    return {
-        "hidden": hidden.masked_fill(mask[..., None] == 0, nan).to(dtype),
-        "weight": weight.to(dtype),
-        "bias": bias.to(dtype),
-        "ids": ids,
-        "mask": mask,
-        "old": old.masked_fill(mask == 0, nan),
-        "ref": (old + 0.2 * normal(3, 6)).masked_fill(mask == 0, nan),
-        "advantages": normal(3),
-        "temperature": 0.5 + normal(3, 6).abs(),
-        "up": normal(2, 3, 6),
-    }
-
-
-def part(x: Tensor, rank: int, world: int) -> Tensor:
-    """The rank's rows of a tensor over the vocabulary, with NaN in the padding."""
-    padded = torch.cat([x, x.new_full((sum(SIZES[world]) - len(x), *x.shape[1:]), nan)])
-    return padded.split(SIZES[world])[rank]
-
-
-def inputs(p: dict[str, Tensor], rank: int | None, world: int) -> dict[str, Tensor]:
-    """What a rank, or one process for all, differentiates with respect to."""
-    logits = torch.nan_to_num(p["hidden"].float()) @ p["weight"].float().t()
-    leaves = {"hidden": p["hidden"], "weight": p["weight"], "bias": p["bias"], "logits": logits.masked_fill(p["mask"][..., None] == 0, nan)}
-    if rank is not None:
-        leaves["logits"] = part(logits.movedim(-1, 0), rank, world).movedim(0, -1)
-        leaves["weight"], leaves["bias"] = part(p["weight"], rank, world), part(p["bias"], rank, world)
-    return {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
-
-
-SCALING = {"softcap": 3.0, "logit_scale": 0.8}
 
 
 def logprobs_of(p: dict[str, Tensor], x: dict[str, Tensor], **options: Any) -> list[Tensor]:
@@ -152,29 +96,12 @@ def on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     return {name: [t.detach() for t in tensors] for name, tensors in everything(p, inputs(p, rank, world), shard).items()}
 
 
-def assemble(parts: list[Tensor], whole: Tensor, world: int) -> Tensor:
-    """One tensor of those of the ranks: put together where the vocabulary is a dimension, otherwise the same on all."""
-    for dim in (0, whole.dim() - 1):
-        if whole.dim() and [x.shape[dim] for x in parts] == list(SIZES[world]) and whole.shape[dim] == V:
-            joined = torch.cat(parts, dim)
-            assert not joined.narrow(dim, V, joined.shape[dim] - V).any(), "padding has a gradient"
-            return joined.narrow(dim, 0, V)
-    assert all(torch.equal(x, parts[0]) for x in parts), "ranks differ"
-    return parts[0]
-
-
 @pytest.mark.parametrize("world", SIZES)
 def test_equals_one_process(world):
     p = problem(world)
     whole = everything(p, inputs(p, None, world))
     ranks = on_ranks(world, on_a_rank)
-    for name, tensors in whole.items():
-        for i, exact in enumerate(tensors):
-            mine = assemble([r[name][i] for r in ranks], exact, world)
-            try:
-                assert_accurate(mine, exact, eps=1e-6 * max(1.0, float(exact.detach().nan_to_num().abs().max())))
-            except AssertionError as e:
-                raise AssertionError(f"{name}, result {i}: {e}") from e
+    assert_same(ranks, whole, world)
 
 
 def test_presets_are_all_there():
@@ -213,23 +140,15 @@ def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
         "token-level loss": lambda: loss(rk.PolicyLossConfig.ppo()),
     }
     counts = {}
-
-    def count(name: str, run: Callable[[], Any]) -> Any:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            result = run()
-        events = [e.name for e in profile.events()]
-        counts[name] = {kind: sum(f"c10d::{kind}" in e for e in events) for kind in ("_allgather_base_", "allreduce_")}
-        return result
-
     for name, call in calls.items():
-        result = count(f"{name}, forward", call)
+        result, counts[f"{name}, forward"] = collectives(call)
         wanted = x["logits"] if name == "logits" else x["hidden"]
-        count(f"{name}, backward", lambda: torch.autograd.grad(result.sum(), wanted))  # noqa: B023
+        _, counts[f"{name}, backward"] = collectives(lambda: torch.autograd.grad(result.sum(), wanted))  # noqa: B023
     return counts
 
 
 def test_collectives_are_few():
-    gather, reduce, nothing = ({"_allgather_base_": a, "allreduce_": r} for a, r in ((1, 0), (0, 1), (0, 0)))
+    gather, reduce, nothing = {"gather": 1}, {"sum": 1}, {}
     for counts in on_ranks(2, count_on_a_rank):
         assert counts["logits, forward"] == counts["linear, forward"] == counts["linear in chunks, forward"] == gather
         assert counts["logits, backward"] == nothing
@@ -237,7 +156,7 @@ def test_collectives_are_few():
         assert counts["sequence-level loss, forward"] == gather
         assert counts["sequence-level loss, backward"] == reduce
         for name in ("frozen head", "token-level loss"):  # whose gradients are made in the forward
-            assert counts[f"{name}, forward"] == {"_allgather_base_": 1, "allreduce_": 1}
+            assert counts[f"{name}, forward"] == {"gather": 1, "sum": 1}
             assert counts[f"{name}, backward"] == nothing
 
 

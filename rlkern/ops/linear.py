@@ -78,7 +78,7 @@ class Head:
         if self.hidden.device.type == "cpu" and self.logits_dtype != self.operand:
             self.operand = self.logits_dtype  # a CPU has no products of mixed precision
         if self.part is not None:
-            columns = min(self.weight.shape[0], max(self.part.total - self.part.first, 0))
+            columns = self.part.columns
             self.weight, self.bias = self.weight[:columns], None if self.bias is None else self.bias[:columns]
         self.weight = self.weight.to(self.operand)
         self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)

@@ -42,6 +42,11 @@ class Shard(NamedTuple):
         return cls(int(first), int(size), int(total), group_name)
 
     @property
+    def columns(self) -> int:
+        """How many are tokens; the rest are padding."""
+        return min(self.size, max(self.total - self.first, 0))
+
+    @property
     def group(self) -> dist.ProcessGroup:
         return _GROUPS[self.group_name]
 
@@ -73,9 +78,14 @@ def concatenated(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tenso
     return torch.cat([part[:size] for part, size in zip(gathered(padded, group), sizes, strict=True)])
 
 
-def merged(m: Tensor, s: Tensor, t: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """States of the online softmax (kernels/softmax.py) along the first dimension as one; ``c`` is a number or one for each row."""
+def raised(m: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest of maxima along the first dimension, and how far, in bits, distances from each move; ``c`` is a number or one for each row."""
     top = m.amax(0)
-    moved = torch.where(m == -torch.inf, 0.0, (m - torch.where(top == -torch.inf, 0.0, top)) * c)
+    return top, torch.where(m == -torch.inf, 0.0, (m - torch.where(top == -torch.inf, 0.0, top)) * c)
+
+
+def merged(m: Tensor, s: Tensor, t: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States of the online softmax (kernels/softmax.py) along the first dimension as one."""
+    top, moved = raised(m, c)
     scale = moved.exp2()
     return top, (scale * s).sum(0), (scale * (t + moved * s)).sum(0)
