@@ -135,7 +135,7 @@ def local_head(
     if isinstance(tokens, VocabShard) and shard is not None and tokens.group.group_name == shard.group_name:
         raise ValueError(
             f"{prefix}hidden is a DTensor of whose tokens each rank has a part, and {prefix}weight is divided among the same ranks: each needs all "
-            f"tokens, {prefix}hidden.redistribute(placements=[Replicate()]), or all of the head, {prefix}weight.full_tensor()"
+            f"tokens, {prefix}hidden.redistribute(placements=[Replicate()]), or all of the head, rlkern.gather_parameter({prefix}weight)"
         )
     return hidden, weight, bias, shard
 
