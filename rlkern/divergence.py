@@ -10,7 +10,7 @@ from torch import Tensor
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, check_number, check_tensor
 from .distributed import ProcessGroup, check_same_inputs, local, shard_of
-from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, local_head, take_gradients
+from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, local_head, shape_of_tokens, take_gradients
 from .ops.divergence import Divergence, LinearDivergence
 from .ops.logits import TRITON_DTYPES
 from .ops.shards import Shard
@@ -222,19 +222,29 @@ def _backend_for(dtype: torch.dtype, ref_dtype: torch.dtype, device: torch.devic
 
 
 def _divided_alike(
-    policy: tuple[Shard | None, int], ref: tuple[Shard | None, int], shape: torch.Size, device: torch.device, mask: Tensor | None, validate: bool
+    policy: tuple[Shard | None, Tensor | None],
+    ref: tuple[Shard | None, Tensor | None],
+    shape: torch.Size,
+    device: torch.device,
+    mask: Tensor | None,
+    validate: bool,
 ) -> str:
-    """Check, given the hidden width of each too, that both vocabularies are divided alike; gives the part that is here, as operators take it.
+    """Check the mask, and that both vocabularies, and hidden states if given, are divided alike; gives the part that is here, as operators take it.
 
     What differs between ranks is looked at first, since all of them can say so.
     """
-    for shard, width in (policy, ref):
+    if mask is not None:
+        check_tensor("mask", mask, device=device)
+    for shard, hidden in (policy, ref):
         if shard is not None and validate:
-            check_same_inputs(shard, torch.zeros(shape, dtype=torch.int64, device=device), mask, width)
+            ids = torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device)
+            check_same_inputs(shard, ids, mask, hidden)
     shard, ref_shard = policy[0], ref[0]
     if shard != ref_shard:
-        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}" for x in (shard, ref_shard)]
-        raise ValueError(f"the vocabularies of policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
+        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.shares}" for x in (shard, ref_shard)]
+        raise ValueError(f"policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
+    if mask is not None:
+        check_tensor("mask", mask, shape=shape)
     return "" if shard is None else shard.text
 
 
@@ -257,9 +267,7 @@ def _divergence(
     shard, ref_shard = shard_of(group, logits.shape[-1]), shard_of(ref_group, ref_logits.shape[-1])
     if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape, device=device)
-    part = _divided_alike((shard, 0), (ref_shard, 0), shape, device, mask, choose_validate(validate, logits))
+    part = _divided_alike((shard, None), (ref_shard, None), shape, device, mask, choose_validate(validate, logits))
     check_tensor("ref_logits", ref_logits, shape=logits.shape, device=device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
@@ -294,12 +302,10 @@ def _linear_divergence(
     ref_dtype = check_head(
         ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_", sharded=ref_shard is not None
     )
-    shape, device = hidden.shape[:-1], hidden.device
-    check_tensor("ref_hidden", ref_hidden, shape=(*shape, ref_hidden.shape[-1]), device=device)
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape, device=device)
+    shape, device = shape_of_tokens(hidden, shard), hidden.device
     must_validate = choose_validate(validate, hidden)
-    part = _divided_alike((shard, weight.shape[1]), (ref_shard, ref_weight.shape[1]), shape, device, mask, must_validate)
+    part = _divided_alike((shard, hidden), (ref_shard, ref_hidden), shape, device, mask, must_validate)
+    check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
     check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     rows = check_rows(rows, shape.numel(), device, must_validate)

@@ -54,23 +54,33 @@ def part(x: Tensor, rank: int, world: int) -> Tensor:
     return padded.split(SIZES[world])[rank]
 
 
-def inputs(p: dict[str, Tensor], rank: int | None, world: int) -> dict[str, Tensor]:
-    """What a rank, or one process for all, differentiates with respect to."""
+def shareable(p: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tokens as [6, 3]: 2 or 3 ranks can share them."""
+    turned = {name: x.transpose(0, 1) for name, x in p.items() if x.shape[:2] == (3, 6)}
+    return {**p, **turned, "advantages": torch.cat([p["advantages"], -p["advantages"]]), "up": p["up"].transpose(1, 2)}
+
+
+def inputs(p: dict[str, Tensor], rank: int | None, world: int, *, sharing: bool = False) -> dict[str, Tensor]:
+    """What a rank, or one process for all, differentiates with respect to; ``sharing``: a rank has its share of the hidden states."""
     logits = torch.nan_to_num(p["hidden"].float()) @ p["weight"].float().t()
     leaves = {"hidden": p["hidden"], "weight": p["weight"], "bias": p["bias"], "logits": logits.masked_fill(p["mask"][..., None] == 0, nan)}
     if rank is not None:
         leaves["logits"] = part(logits.movedim(-1, 0), rank, world).movedim(0, -1)
         leaves["weight"], leaves["bias"] = part(p["weight"], rank, world), part(p["bias"], rank, world)
+        if sharing:
+            leaves["hidden"] = p["hidden"].chunk(world)[rank]
     return {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
 
 
 def assemble(parts: list[Tensor], whole: Tensor, world: int) -> Tensor:
-    """One tensor of those of the ranks: put together where the vocabulary is a dimension, otherwise the same on all."""
+    """One tensor of those of the ranks: put together where the vocabulary is a dimension or tokens are shared, otherwise the same on all."""
     for dim in (0, whole.dim() - 1):
         if whole.dim() and [x.shape[dim] for x in parts] == list(SIZES[world]) and whole.shape[dim] == V:
             joined = torch.cat(parts, dim)
             assert not joined.narrow(dim, V, joined.shape[dim] - V).any(), "padding has a gradient"
             return joined.narrow(dim, 0, V)
+    if whole.dim() and parts[0].shape[0] * world == whole.shape[0]:
+        return torch.cat(parts)
     assert all(((x == parts[0]) | (x.isnan() & parts[0].isnan())).all() for x in parts), "ranks differ"
     return parts[0]
 
@@ -91,6 +101,6 @@ def collectives(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     """What it gives, and how many collectives of each kind that took."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run()
-    kinds = {"c10d::_allgather_base_": "gather", "c10d::allreduce_": "sum"}
+    kinds = {"c10d::_allgather_base_": "gather", "c10d::allreduce_": "sum", "c10d::_reduce_scatter_base_": "share of the sum"}
     counts = Counter(kinds.get(e.name, e.name) for e in profile.events() if e.name.startswith("c10d::"))
     return result, dict(counts)

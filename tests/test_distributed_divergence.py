@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided import SCALING, SIZES, V, assert_same, collectives, inputs, nan, part, problem
+from divided import SCALING, SIZES, V, assert_same, collectives, inputs, nan, part, problem, shareable
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -19,14 +19,15 @@ H_REF = 5
 BETAS = (0.0, 0.3, 1.0)
 
 
-def reference(p: dict[str, Tensor], rank: int | None, world: int) -> dict[str, Tensor]:
-    """The other model's hidden states, head and logits, of which a rank has the columns that it has of the policy's."""
+def reference(p: dict[str, Tensor], rank: int | None, world: int, *, sharing: bool = False) -> dict[str, Tensor]:
+    """The other model's hidden states, head and logits, of which a rank has what it has of the policy's."""
     g = torch.Generator().manual_seed(10 + world)
-    hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((3, 6, H_REF), (V, H_REF), (V,)))
+    hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((*p["mask"].shape, H_REF), (V, H_REF), (V,)))
     dead = p["mask"][..., None] == 0
     y = {"weight": weight, "bias": bias, "logits": (hidden @ weight.t() + bias).masked_fill(dead, nan).movedim(-1, 0)}
     y = {name: x if rank is None else part(x, rank, world) for name, x in y.items()}
-    return {**y, "hidden": hidden.masked_fill(dead, nan), "logits": y["logits"].movedim(0, -1)}
+    hidden = hidden.masked_fill(dead, nan)
+    return {**y, "hidden": hidden.chunk(world)[rank or 0] if sharing else hidden, "logits": y["logits"].movedim(0, -1)}
 
 
 def from_logits(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor], beta: float, **options: Any) -> list[Tensor]:
@@ -48,15 +49,23 @@ def from_hidden(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor]
     return [plain, found, *torch.autograd.grad(found, wanted, p["up"][0])]
 
 
-def everything(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor], process_group: Any = None) -> dict[str, list[Tensor]]:
+def all_from_hidden(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor], process_group: Any = None) -> dict[str, list[Tensor]]:
+    return {
+        f"linear, beta {beta}, head {head}": from_hidden(p, x, y, beta, head=head, process_group=process_group)
+        for beta in BETAS
+        for head in (True, False)
+    }
+
+
+def everything(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor], world: int, process_group: Any = None) -> dict[str, list[Tensor]]:
+    """The interpreter, which takes its time, not in every case."""
     options = {"process_group": process_group}
-    found = {}
+    found = all_from_hidden(p, x, y, process_group)
     for beta in BETAS:
-        for backend in ("torch", "triton"):
+        for backend in ("torch", "triton")[: 2 if world == 2 else 1]:
             found[f"logits, beta {beta}, {backend}"] = from_logits(p, x, y, beta, backend=backend, **options)
-        for head in (True, False):
-            found[f"linear, beta {beta}, head {head}"] = from_hidden(p, x, y, beta, head=head, **options)
-    found["linear, compiled kernels"] = from_hidden(p, x, y, 0.3, head=True, backend="triton", compact=False, **options)
+    if world == 4:
+        found["linear, triton"] = from_hidden(p, x, y, 0.3, head=True, backend="triton", compact=False, **options)
     for reverse in (True, False):
         found[f"KL, reverse {reverse}"] = [rk.full_kl(x["logits"], y["logits"], mask=p["mask"], reverse=reverse, **options)]
     return found
@@ -65,14 +74,35 @@ def everything(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor],
 def on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     p = problem(world)
     shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
-    found = everything(p, inputs(p, rank, world), reference(p, rank, world), shard)
+    found = everything(p, inputs(p, rank, world), reference(p, rank, world), world, shard)
     return {name: [t.detach() for t in tensors] for name, tensors in found.items()}
 
 
 @pytest.mark.parametrize("world", SIZES)
 def test_equals_one_process(world):
     p = problem(world)
-    assert_same(on_ranks(world, on_a_rank), everything(p, inputs(p, None, world), reference(p, None, world)), world)
+    assert_same(on_ranks(world, on_a_rank), everything(p, inputs(p, None, world), reference(p, None, world), world), world)
+
+
+def sharing_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
+    p = shareable(problem(world))
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V, sequence_parallel=True)
+    x, y = (z(p, rank, world, sharing=True) for z in (inputs, reference))
+    found = all_from_hidden(p, x, y, shard)
+    unmasked = {**p, "mask": None}
+    x, y = ({**z, "hidden": torch.nan_to_num(z["hidden"]).detach().requires_grad_()} for z in (x, y))
+    found |= {f"{name}, no mask": tensors for name, tensors in all_from_hidden(unmasked, x, y, shard).items()}
+    return {name: [t.detach() for t in tensors] for name, tensors in found.items()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_hidden_states_that_ranks_share(world):
+    p = shareable(problem(world))
+    x, y = inputs(p, None, world), reference(p, None, world)
+    whole = all_from_hidden(p, x, y)
+    x, y = ({**z, "hidden": torch.nan_to_num(z["hidden"]).detach().requires_grad_()} for z in (x, y))
+    whole |= {f"{name}, no mask": tensors for name, tensors in all_from_hidden({**p, "mask": None}, x, y).items()}
+    assert_same(on_ranks(world, sharing_on_a_rank), whole, world)
 
 
 # ---- tokens that are excluded ---------------------------------------------------------------------------------------------------------------
@@ -142,11 +172,11 @@ def test_excluded_tokens(world):
 # ---- collectives ----------------------------------------------------------------------------------------------------------------------------
 
 
-def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
+def count_on_a_rank(rank: int, world: int, sharing: bool) -> dict[str, dict[str, int]]:
     """How many collectives forward and backward take when nothing is validated; from hidden states in two chunks."""
-    p = problem(world)
-    x, y = inputs(p, rank, world), reference(p, rank, world)
-    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
+    p = shareable(problem(world))
+    x, y = (z(p, rank, world, sharing=sharing) for z in (inputs, reference))
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V, sequence_parallel=sharing)
     options = {"mask": p["mask"], "process_group": shard, "validate": False}
     chunks = 4 * 12 * 8  # bytes of half the 15 rows that count, and one more
     counts = {}
@@ -168,7 +198,7 @@ def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
 
 
 def test_collectives_are_few():
-    for counts in on_ranks(2, count_on_a_rank):
+    for counts in on_ranks(2, count_on_a_rank, False):
         for name, rounds in (("KL", 1), ("reverse", 1), ("JSD", 2)):
             assert counts[f"{name} logits, forward"] == {"gather": rounds}
             assert counts[f"{name} logits, backward"] == {}
@@ -180,6 +210,16 @@ def test_collectives_are_few():
             assert counts[f"{name} frozen head, backward"] == {}
 
 
+def test_collectives_of_shared_hidden_states():
+    """Those of both models are gathered where logits are made of them, and all gradients of the policy's go back in one."""
+    for counts in on_ranks(2, count_on_a_rank, True):
+        for name, rounds in (("KL", 1), ("reverse", 1), ("JSD", 2)):
+            assert counts[f"{name} trained head, forward"] == {"gather": 2 + (1 if rounds == 1 else 3)}
+            assert counts[f"{name} trained head, backward"] == {"gather": 2, "share of the sum": 1}
+            assert counts[f"{name} frozen head, forward"] == {"gather": 2 + 2 * rounds, "share of the sum": 1}
+            assert counts[f"{name} frozen head, backward"] == {}
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +228,7 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
     p = problem(world)
     x, y = inputs(p, rank, world), reference(p, rank, world)
     group = dist.group.WORLD
+    sharing = rk.VocabShard(group, 12 * rank, 12, V, sequence_parallel=True)
     x, y = ({name: torch.nan_to_num(t.detach()) for name, t in z.items()} for z in (x, y))
     attempts = {
         "other sizes": lambda: rk.full_kl(x["logits"], y["logits"][..., : 12 - rank], process_group=group),
@@ -197,6 +238,13 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
         "other width": lambda: rk.linear_full_kl(
             x["hidden"], x["weight"], y["hidden"][..., : 5 - rank], y["weight"][:, : 5 - rank], process_group=group
         ),
+        "unequal shares": lambda: rk.linear_full_kl(
+            x["hidden"].split((1, 2))[rank], x["weight"], y["hidden"].split((1, 2))[rank], y["weight"], mask=p["mask"], process_group=sharing
+        ),
+        "unequal shares of one": lambda: rk.linear_full_kl(
+            x["hidden"], x["weight"], y["hidden"].split((1, 2))[rank], y["weight"], mask=p["mask"], process_group=sharing
+        ),
+        "mask of a share": lambda: rk.linear_full_kl(x["hidden"], x["weight"], y["hidden"], y["weight"], mask=p["mask"], process_group=sharing),
         "no group": lambda: rk.generalized_jsd(x["logits"], y["logits"], process_group="world"),
     }
     said = {}
@@ -215,6 +263,9 @@ def test_bad_set_ups_are_errors_on_every_rank():
         "gap": "rank 1 begins at 13, but those before it end at 12",
         "other head": "differ in a vocabulary: \\[22, 24\\]",
         "other width": "differ in a hidden width: \\[5, 4\\]",
+        "unequal shares": "differ in a first dimension of hidden: \\[1, 2\\]",
+        "unequal shares of one": "differ in a first dimension of hidden: \\[1, 2\\]",
+        "mask of a share": "mask must have shape \\(6, 6\\), got \\(3, 6\\)",
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
     }
     for said in on_ranks(2, fail_on_a_rank):
@@ -238,15 +289,19 @@ def dtensors_on_a_rank(rank: int, world: int) -> list[tuple[list[Tensor], list[T
     for z in (whole[0], divided[0]):
         for t in z.values():
             t.requires_grad_()
-    with pytest.raises(ValueError, match=r"must be divided alike; here this rank has tokens \d+ to \d+ of 23 and whole"):
+    with pytest.raises(ValueError, match=r"must be divided alike; here this rank has tokens \d+ to \d+ of 23, rows by 1 and whole"):
         rk.full_kl(divided[0]["logits"], whole[1]["logits"])
-    by_tokens = distribute_tensor(whole[0]["hidden"].detach(), mesh, [Shard(0)])
-    with pytest.raises(ValueError, match="hidden is a DTensor of whose tokens each rank has a part, and weight is divided among the same ranks"):
-        rk.linear_full_kl(by_tokens, divided[0]["weight"], whole[1]["hidden"], divided[1]["weight"])
+    shared = [{**z, "hidden": z["hidden"].detach().redistribute(placements=[Shard(0)])} for z in divided]
+    cases = [(from_logits, divided), (from_hidden, divided)]
+    if world == 3:
+        with pytest.raises(ValueError, match=r"must be divided alike; here this rank has .*, rows by 3 and .*, rows by 1"):
+            rk.linear_full_kl(shared[0]["hidden"], shared[0]["weight"], divided[1]["hidden"], divided[1]["weight"])
+        shared[0]["hidden"].requires_grad_()
+        cases.append((from_hidden, shared))
     found = []
-    for function in (from_logits, from_hidden):
+    for function, given in cases:
         options = {} if function is from_logits else {"head": True}
-        mine = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in function(p, *divided, 0.3, **options)]
+        mine = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in function(p, *given, 0.3, **options)]
         found.append(([t.detach() for t in mine], [t.detach() for t in function(p, *whole, 0.3, **options)]))
     return found
 

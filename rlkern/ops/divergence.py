@@ -23,7 +23,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from .linear import Gradients, Head, empty_gradients, pick, spread, taking_part
 from .logits import Chunks, as_rows, locate, row_scale, scales, soft_capped
-from .shards import Shard, raised
+from .shards import Shard, all_rows, my_rows, raised
 
 STATISTICS = 5
 _LN2 = math.log(2.0)
@@ -31,10 +31,10 @@ _LOG2E = 1 / _LN2
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
 
 
-def live_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
-    """Flat: which positions count, as bool; ``like [..., V]``."""
+def live_tokens(like: Tensor, mask: Tensor | None, part: Shard | None = None) -> Tensor:
+    """Flat: which positions count, as bool; ``like [..., V]``, or a rank's share of its rows."""
     if mask is None:
-        return torch.ones(like.shape[:-1].numel(), dtype=torch.bool, device=like.device)
+        return torch.ones(all_rows(like, part), dtype=torch.bool, device=like.device)
     return mask.flatten() != 0
 
 
@@ -489,16 +489,17 @@ def linear_divergence_op(
     shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(divergence [N], statistics, J = d divergence / d hidden, empty where not wanted) of ``hidden [N, H]`` and ``ref_hidden [N, H']``."""
-    index = taking_part(live_tokens(hidden, mask), rows, compact)
+    part = Shard.from_text(shard)
+    index = taking_part(live_tokens(hidden, mask, part), rows, compact)
     policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
-    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, Shard.from_text(shard)))
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, part))
     divergence, statistics = empty_results(heads.policy.buffer, heads.ref.buffer, heads.policy.rows)
     jacobian = Gradients(heads.policy, with_jacobian, False, False)
     ones = torch.ones_like(divergence)
     parts = []  # of a part of the vocabulary: where nothing else is made of a chunk, all go into one collective
     for at, h, logits, ref_logits, comparison in heads:
         out = divergence[at], statistics[at]
-        if comparison.shard is not None and not with_jacobian:
+        if part is not None and not with_jacobian:
             parts.append(comparison.begin(logits, ref_logits, out))
             continue
         comparison.divergence(logits, ref_logits, out)
@@ -507,7 +508,7 @@ def linear_divergence_op(
             jacobian.add(heads.policy.where(at), h, logits)
     if parts:
         heads.comparison.finish(torch.cat(parts), (divergence, statistics))
-    n = hidden.shape[0]
+    n = all_rows(hidden, part)
     return spread(divergence, index, n), spread(statistics, index, n), jacobian.results()[0]
 
 
@@ -533,8 +534,9 @@ def _(
     backend: str,
     shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n = all_rows(hidden, Shard.from_text(shard))
     x, y = (torch.empty(0, dtype=dtype, device=hidden.device) for dtype in (logits_dtype, ref_logits_dtype))
-    return *empty_results(x, y, hidden.shape[0]), hidden.new_empty(hidden.shape if with_jacobian else (0,))
+    return *empty_results(x, y, n), hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
 
 @torch.library.custom_op("rlkern::linear_divergence_backward", mutates_args=())
@@ -564,10 +566,11 @@ def linear_divergence_backward_op(
     shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d (hidden, weight, bias) by making both models' logits again; empty where not needed."""
-    live = live_tokens(hidden, mask) & (grad != 0)
+    part = Shard.from_text(shard)
+    live = live_tokens(hidden, mask, part) & (grad != 0)
     index = taking_part(live, rows, compact)
     policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
-    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, Shard.from_text(shard)))
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, part))
     if needs_weight and not compact:
         heads.policy.live = live
     gradients = Gradients(heads.policy, needs_hidden, needs_weight, needs_bias)
@@ -646,8 +649,9 @@ class LinearDivergence(torch.autograd.Function):
         rest = (None,) * 16
         if ctx.frozen:
             mask, jacobian = ctx.saved_tensors
-            upstream = torch.where(live_tokens(jacobian, mask), grad, 0.0).unsqueeze(1)
-            return (upstream * jacobian).to(jacobian.dtype), None, None, *rest
+            part = Shard.from_text(ctx.where[1])
+            upstream = torch.where(live_tokens(jacobian, mask, part), grad, 0.0).unsqueeze(1)
+            return (my_rows(upstream, part) * jacobian).to(jacobian.dtype), None, None, *rest
         statistics, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = linear_divergence_backward_op(grad, statistics, *tensors, *ctx.options, *needs, *ctx.where)
