@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -237,40 +236,36 @@ def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
     by_step = _by_step(x, chunks, size)
     y = by_step.unbind()
     product = torch.empty_like(y[0])
-    product_bits = product.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+    bits = torch.int64 if x.dtype == torch.float64 else torch.int32
     # What leads from each step to the next, and later to the end of its chunk; and the same as bits, all ones where that is not 0: ANDed with a
     # product they stop a NaN, as multiplying by 0 would not, and much quicker than masked_fill.
-    through: Sequence[Tensor]
-    passing: Sequence[Tensor] | None = None
+    through: Tensor
+    passing: Tensor | None = None
     if isinstance(f, Tensor):
-        f = _by_step(f.expand(rows, time), chunks, size)
-        through, passing = f.unbind(), (f != 0).to(product_bits.dtype).neg_().unbind()
+        through = _by_step(f.expand(rows, time), chunks, size)
+        passing = (through != 0).to(bits).neg_()
+        factors, passes = through.unbind(), passing.unbind()
     else:
-        through = [torch.full((), f, dtype=x.dtype, device=x.device)] * size
-
-    def add(t: int, after: Tensor) -> None:
-        torch.mul(after, through[t], out=product)
-        if passing is not None:
-            product_bits.bitwise_and_(passing[t])
-        y[t].add_(product)
+        through = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)[:, None]
+        factors = (torch.full((), f, dtype=x.dtype, device=x.device),) * size
 
     for t in range(size - 2, -1, -1):
-        add(t, y[t + 1])
+        torch.mul(y[t + 1], factors[t], out=product)
         if passing is not None:
-            through[t].mul_(through[t + 1])
-            passing[t].bitwise_and_(passing[t + 1])
+            product.view(bits).bitwise_and_(passes[t])
+        y[t].add_(product)
+        if passing is not None:
+            factors[t].mul_(factors[t + 1])
+            passes[t].bitwise_and_(passes[t + 1])
     if chunks > 1:
         # In float64, which costs nothing here, so that the error does not grow with the number of chunks.
-        across: float | Tensor
-        if isinstance(f, Tensor):
-            across = through[0].view(rows, chunks).double()
-        else:
-            across = f**size
-            through = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype).unbind()
+        across = f**size if passing is None else through[0].view(rows, chunks).double()
         heads = reverse_scan_(across, y[0].view(rows, chunks).to(torch.float64, copy=True))
-        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(-1)
-        for t in range(size):
-            add(t, carry)
+        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(1, -1)
+        carried = torch.mul(through, carry, out=x.view(size, -1) if time % size == 0 else None)  # x is a copy by now
+        if passing is not None:
+            carried.view(bits).bitwise_and_(passing)
+        by_step.add_(carried)
     if time % size == 0:
         x.view(-1, size).copy_(by_step.t())
     else:
@@ -351,7 +346,7 @@ def _torch(
     for cut in cuts:
         f = torch.where(cut, r.new_zeros(()), f)
     if logprobs is None or old_logprobs is None:
-        y = reverse_scan_(f, ((g - f) * v_next).add_(r))
+        y = reverse_scan_(f, v_next.mul_(g - f).add_(r))
         advantages = y - v if with_advantages else None
     else:
         ratio = torch.exp(load(logprobs) - load(old_logprobs))
