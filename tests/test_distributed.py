@@ -85,6 +85,9 @@ def everything(p: dict[str, Tensor], x: dict[str, Tensor], process_group: Any = 
     keep = rk.KeptTokens.from_mask((torch.arange(V) % 3 != 0) | (torch.arange(V) == p["ids"][..., None]))
     found["kept tokens"] = loss_of(p, x, PRESETS["grpo"], linear=True, keep=keep, **options)
     found["kept tokens, logits"] = loss_of(p, x, PRESETS["grpo"], linear=False, keep=keep, **options)
+    packed = {**p, **{name: p[name].flatten() for name in ("ids", "mask", "old", "ref")}, "advantages": p["advantages"][:3]}
+    flat = {**x, "hidden": x["hidden"].flatten(0, 1)}
+    found["packed sequences"] = loss_of(packed, flat, PRESETS["gspo"], linear=True, cu_seqlens=torch.tensor([0, 5, 12, 18]), **options)
     own = rk.fused_linear_loss(x["hidden"], x["weight"], p["ids"], lambda lp, h: -lp - 0.1 * h, mask=p["mask"], **options)
     found["own loss"] = [own.loss.detach(), *torch.autograd.grad(own.loss, [x["hidden"], x["weight"]])]
     return found
