@@ -14,6 +14,7 @@ import torch
 
 import rlkern as rk
 from examples import own_surrogate
+from rlkern.ops.divergence import Comparison
 from rlkern.surrogates import SURROGATES
 
 ROWS = (2, 3)
@@ -80,6 +81,15 @@ def _divergence(
     """KL for beta 1, reverse KL for 0, JSD between."""
     logits, _ = _logits(dtype, vocabulary=vocabulary)
     rk.generalized_jsd(logits, torch.zeros(logits.shape, dtype=ref_dtype), beta=beta, backend=BACKEND, **options).sum().backward()
+
+
+def _divergence_of_a_part(beta: float) -> None:
+    """What a rank does for its part of the vocabulary, between two collectives."""
+    logits = _logits()[0].detach()
+    comparison = Comparison(None, None, 1.0, None, beta, BACKEND)
+    states = comparison.states(logits, logits)
+    if comparison.kind == "jsd":
+        comparison.terms(logits, logits, states)
 
 
 def _gae(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -157,6 +167,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
         )
         for beta in (0.0, 0.5, 1.0)
     },
+    **{f"{name} of a part": partial(_divergence_of_a_part, beta) for name, beta in (("full_kl", 1.0), ("generalized_jsd", 0.5))},
     "generalized_jsd small odd vocabulary": partial(_divergence, 0.5, vocabulary=1009),
     **{f"gae of {steps} steps": partial(_gae, 8, steps) for steps in (16, 512, 8192)},
     "gae of bf16": partial(_gae, 8, 512, dtype=torch.bfloat16),

@@ -67,6 +67,70 @@ def to_mixture(D, beta):
     return tl.log2((1.0 - weight) + weight * smaller), apart, smaller
 
 
+@triton.jit
+def first_pass(x_row, y_row, V, stop, c, cap, CROSS: tl.constexpr, EVICTION: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """(m_p, s_p, m_q, s_q, t): the states of both rows, and t of ``cross`` if it is wanted; sums are of each column of a block, yet to be reduced."""
+    m_p = tl.full([], softmax.NEG_INF, tl.float32)
+    m_q = tl.full([], softmax.NEG_INF, tl.float32)
+    s_p = tl.zeros([BLOCK], tl.float32)
+    s_q = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    for begin in tl.range(0, stop, BLOCK, num_stages=STAGES):
+        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+        x, y = load_block(x_row, y_row, column, column < V, cap, EVICTION)
+        m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
+        m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
+        if CROSS:
+            t = cross(t, s_p, m_p, m_p_new, m_q, m_q_new, x, y, c)
+        m_p = m_p_new
+        m_q = m_q_new
+        s_p = s_p_new
+        s_q = s_q_new
+    return m_p, s_p, m_q, s_q, t
+
+
+@triton.jit
+def mixture_pass(x_row, y_row, V, stop, c, cap, beta, m_p, log2_p_sum, m_q, log2_q_sum, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """sum p log2 (p / M) and sum q log2 (q / M), of each column of a block."""
+    of_p = tl.zeros([BLOCK], tl.float32)
+    of_q = tl.zeros([BLOCK], tl.float32)
+    blocks = tl.cdiv(stop, BLOCK)
+    for k in tl.range(0, blocks, num_stages=STAGES):
+        column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
+        x, y = load_block(x_row, y_row, column, column < V, cap, "evict_first")
+        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
+        log2_m, apart, smaller = to_mixture(D, beta)
+        # Both probabilities from one 2^: the units for it are what bounds this pass.
+        large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
+        of_large = -large * log2_m
+        of_small = -large * smaller * (log2_m + apart)
+        of_p += tl.where(D >= 0.0, of_large, of_small)
+        of_q += tl.where(D >= 0.0, of_small, of_large)
+    return of_p, of_q
+
+
+@triton.jit
+def load_statistics(statistics_ptr, row, live):
+    """(m_p, log2 s_p, m_q, log2 s_q) of a row."""
+    statistics = statistics_ptr + row * 5
+    m_p = tl.load(statistics, mask=live, other=0.0)
+    log2_p_sum = tl.load(statistics + 1, mask=live, other=0.0)
+    m_q = tl.load(statistics + 2, mask=live, other=0.0)
+    log2_q_sum = tl.load(statistics + 3, mask=live, other=0.0)
+    return m_p, log2_p_sum, m_q, log2_q_sum
+
+
+@triton.jit
+def store_five(ptr, row, live, a, b, c, d, e):
+    """A row of ``ptr [rows, 5]``; 0 where it is dead."""
+    ptr += row * 5
+    tl.store(ptr, tl.where(live, a, 0.0))
+    tl.store(ptr + 1, tl.where(live, b, 0.0))
+    tl.store(ptr + 2, tl.where(live, c, 0.0))
+    tl.store(ptr + 3, tl.where(live, d, 0.0))
+    tl.store(ptr + 4, tl.where(live, e, 0.0))
+
+
 @triton.jit(do_not_specialize=["x_inner", "y_inner"])
 def divergence_kernel(
     x_ptr,
@@ -86,12 +150,15 @@ def divergence_kernel(
     cap,
     beta,
     KIND: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program a row. KIND: "kl" of (p || q), "reverse" for (q || p), or "jsd", of weight ``beta`` on q.
 
-    ``statistics_ptr [rows, 5]`` takes m_p, log2 s_p, m_q, log2 s_q and what the gradient subtracts, in nats: KL(p || q), 0, or KL(p || M).
+    PART "whole": ``statistics_ptr [rows, 5]`` takes m_p, log2 s_p, m_q, log2 s_q and what the gradient subtracts, in nats: KL(p || q), 0 or
+    KL(p || M). Where other ranks have columns too, "states": it takes m_p, s_p, m_q, s_q and t of these columns, of (q, p) in reverse; then for a JSD
+    "terms": it holds the statistics of all columns, and ``result_ptr [rows, 2]`` takes the terms of these.
     """
     row = tl.program_id(0).to(tl.int64)
     live = is_live(row, mask_ptr)
@@ -101,61 +168,38 @@ def divergence_kernel(
     if KIND == "reverse":  # the same, from the other side
         x_row, y_row = y_row, x_row
     EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else "evict_first"
-    m_p = tl.full([], softmax.NEG_INF, tl.float32)
-    m_q = tl.full([], softmax.NEG_INF, tl.float32)
-    s_p = tl.zeros([BLOCK], tl.float32)
-    s_q = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
     stop = tl.where(live, V, 0)  # a dead row has no columns
-    for begin in tl.range(0, stop, BLOCK, num_stages=STAGES):
-        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-        x, y = load_block(x_row, y_row, column, column < V, cap, EVICTION)
-        m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
-        m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
-        if KIND != "jsd":
-            t = cross(t, s_p, m_p, m_p_new, m_q, m_q_new, x, y, c)
-        m_p = m_p_new
-        m_q = m_q_new
-        s_p = s_p_new
-        s_q = s_q_new
-    p_sum = tl.sum(s_p, 0)
-    q_sum = tl.sum(s_q, 0)
-    log2_p_sum = log2_sum(p_sum)
-    log2_q_sum = log2_sum(q_sum)
-    mean = 0.0
-    if KIND != "jsd":
+    if PART == "terms":
+        m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
+    else:
+        m_p, s_p, m_q, s_q, t = first_pass(x_row, y_row, V, stop, c, cap, KIND != "jsd", EVICTION, BLOCK, STAGES)
+        p_sum = tl.sum(s_p, 0)
+        q_sum = tl.sum(s_q, 0)
+        if PART == "states":
+            store_five(statistics_ptr, row, live, m_p, p_sum, m_q, q_sum, tl.sum(t, 0))
+        else:
+            log2_p_sum = log2_sum(p_sum)
+            log2_q_sum = log2_sum(q_sum)
+    if KIND == "jsd" and PART != "states":
+        beta = tl.cast(beta, tl.float32)
+        of_p, of_q = mixture_pass(x_row, y_row, V, stop, c, cap, beta, m_p, log2_p_sum, m_q, log2_q_sum, BLOCK, STAGES)
+        if PART == "terms":
+            tl.store(result_ptr + row * 2, tl.sum(of_p, 0) * softmax.LN2)
+            tl.store(result_ptr + row * 2 + 1, tl.sum(of_q, 0) * softmax.LN2)
+        else:
+            mean = tl.sum(of_p, 0) * softmax.LN2 + 0.0 * (log2_p_sum + log2_q_sum)  # NaN if either is
+            result = (1.0 - beta) * mean + beta * (tl.sum(of_q, 0) * softmax.LN2)
+    elif PART == "whole":
+        mean = 0.0
         result = (tl.sum(t, 0) / p_sum - (log2_p_sum - log2_q_sum)) * softmax.LN2
         if KIND == "kl":
             mean = result
         else:
             m_p, m_q = m_q, m_p
             log2_p_sum, log2_q_sum = log2_q_sum, log2_p_sum
-    else:
-        beta = tl.cast(beta, tl.float32)
-        of_p = tl.zeros([BLOCK], tl.float32)
-        of_q = tl.zeros([BLOCK], tl.float32)
-        blocks = tl.cdiv(stop, BLOCK)
-        for k in tl.range(0, blocks, num_stages=STAGES):
-            column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
-            x, y = load_block(x_row, y_row, column, column < V, cap, "evict_first")
-            D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-            log2_m, apart, smaller = to_mixture(D, beta)
-            # Both probabilities from one 2^: the units for it are what bounds this pass.
-            large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
-            of_large = -large * log2_m
-            of_small = -large * smaller * (log2_m + apart)
-            of_p += tl.where(D >= 0.0, of_large, of_small)
-            of_q += tl.where(D >= 0.0, of_small, of_large)
-        broken = 0.0 * (log2_p_sum + log2_q_sum)
-        mean = tl.sum(of_p, 0) * softmax.LN2 + broken
-        result = (1.0 - beta) * mean + beta * (tl.sum(of_q, 0) * softmax.LN2)
-    tl.store(result_ptr + row, tl.where(live, result, 0.0))
-    statistics = statistics_ptr + row * 5
-    tl.store(statistics, tl.where(live, m_p, 0.0))
-    tl.store(statistics + 1, tl.where(live, log2_p_sum, 0.0))
-    tl.store(statistics + 2, tl.where(live, m_q, 0.0))
-    tl.store(statistics + 3, tl.where(live, log2_q_sum, 0.0))
-    tl.store(statistics + 4, tl.where(live, mean, 0.0))
+    if PART == "whole":
+        tl.store(result_ptr + row, tl.where(live, result, 0.0))
+        store_five(statistics_ptr, row, live, m_p, log2_p_sum, m_q, log2_q_sum, mean)
 
 
 @triton.jit(do_not_specialize=["x_inner", "y_inner", "blocks"])
@@ -193,12 +237,8 @@ def divergence_backward_kernel(
     live = is_live(row, mask_ptr)
     upstream = tl.load(grad_ptr + row, mask=live, other=0.0)
     live = live & (upstream != 0.0)
-    statistics = statistics_ptr + row * 5
-    m_p = tl.load(statistics, mask=live, other=0.0)
-    log2_p_sum = tl.load(statistics + 1, mask=live, other=0.0)
-    m_q = tl.load(statistics + 2, mask=live, other=0.0)
-    log2_q_sum = tl.load(statistics + 3, mask=live, other=0.0)
-    mean = tl.load(statistics + 4, mask=live, other=0.0)
+    m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
+    mean = tl.load(statistics_ptr + row * 5 + 4, mask=live, other=0.0)
     scale = logits.row_scale(row, scale, temperature_ptr, live)
     c = scale * softmax.LOG2E
     x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)

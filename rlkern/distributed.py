@@ -10,45 +10,61 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_number
+from ._checks import INTS, check_number, check_tensor
 from .ops.shards import Shard, gathered
 
 
 @dataclass(frozen=True)
 class VocabShard:
     """The part of a vocabulary that this rank of ``group`` holds: ``size`` rows of the head (or columns of the logits), from token ``first`` on, of a
-    vocabulary of ``total``. Those beyond ``total`` are padding: they count as absent, and their gradient is 0."""
+    vocabulary of ``total``. Those beyond ``total`` are padding: they count as absent, and their gradient is 0.
+
+    ``sequence_parallel``: functions from hidden states take of these (of the reference's too) an equal share on each rank, along the first dimension
+    and in the order of the ranks, and give the gradient of the share. All else that belongs to tokens, the result too, is of all tokens on all ranks.
+    """
 
     group: dist.ProcessGroup
     first: int
     size: int
     total: int
+    sequence_parallel: bool = False
 
     @classmethod
-    def of(cls, size: int, group: dist.ProcessGroup, *, vocab_size: int | None = None, device: torch.device | str = "cpu") -> VocabShard:
+    def of(
+        cls,
+        size: int,
+        group: dist.ProcessGroup,
+        *,
+        vocab_size: int | None = None,
+        sequence_parallel: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> VocabShard:
         """Ask all ranks for their sizes, which may differ; in the order of the ranks they make up the vocabulary. One collective: do it once.
 
         Args:
             size: rows of the head on this rank.
             group: the ranks among which the head is divided; each calls this.
             vocab_size: the number of tokens, where the sizes add up to more. None: there is no padding.
+            sequence_parallel: hidden states are shared among the ranks, as above.
             device: of the tensors that the group exchanges: "cuda" for NCCL.
 
         Raises:
-            TypeError, ValueError: for bad arguments; on every rank, where the ranks disagree on ``vocab_size``.
+            TypeError, ValueError: for bad arguments; on every rank, where the ranks disagree on ``vocab_size`` or ``sequence_parallel``.
         """
         check_group(group)
         for name, x in (("size", size), ("vocab_size", vocab_size)):
             if x is not None and check_number(name, x, at_least=0) != int(x):
                 raise ValueError(f"{name} must be a whole number, got {x}")
-        mine = torch.tensor([size, -1 if vocab_size is None else vocab_size], dtype=torch.int64, device=device)
-        sizes, totals = gathered(mine, group).t().tolist()
+        mine = torch.tensor([size, -1 if vocab_size is None else vocab_size, sequence_parallel], dtype=torch.int64, device=device)
+        sizes, totals, sharing = gathered(mine, group).t().tolist()
         if len(set(totals)) > 1:
             raise ValueError(f"vocab_size must be the same on all ranks, got {[None if t < 0 else t for t in totals]}")
+        if len(set(sharing)) > 1:
+            raise ValueError(f"sequence_parallel must be the same on all ranks, got {[bool(s) for s in sharing]}")
         if vocab_size is not None and sum(sizes) < vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}, but the ranks hold {sizes}, which is {sum(sizes)} in all")
         rank = dist.get_rank(group)
-        return cls(group, sum(sizes[:rank]), size, sum(sizes) if vocab_size is None else vocab_size)
+        return cls(group, sum(sizes[:rank]), size, sum(sizes) if vocab_size is None else vocab_size, sequence_parallel)
 
 
 ProcessGroup = dist.ProcessGroup | VocabShard | None
@@ -70,7 +86,8 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
         s = process_group
         if s.size != size:
             raise ValueError(f"the VocabShard is of {s.size} tokens, but the tensor has {size}")
-        return Shard.of(s.first, size, s.total, s.group)
+        shard = Shard.of(s.first, size, s.total, s.group)
+        return shard.sharing_rows() if s.sequence_parallel else shard
     check_group(process_group, expected="a torch.distributed.ProcessGroup or a rlkern.VocabShard")
     ranks = dist.get_world_size(process_group)
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
@@ -98,9 +115,14 @@ def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_t
             f"{name} is a DTensor of which each rank has a part. Where all ranks have the same tokens (tensor parallelism), pass its group as "
             f"process_group; where each has its own (FSDP), pass rlkern.gather_parameter({name})"
         )
-    if process_group is not None and getattr(process_group, "group_name", None) != group.group_name:
-        raise ValueError(f"{name} is a DTensor: process_group must be None, or the group of the mesh dimension that it is divided over")
+    given = process_group.group if isinstance(process_group, VocabShard) else process_group
+    if given is not None and getattr(given, "group_name", None) != group.group_name:
+        raise ValueError(
+            f"{name} is a DTensor: process_group must be None, the group of the mesh dimension that it is divided over, or a VocabShard of that"
+        )
     part = x.to_local()
+    if isinstance(process_group, VocabShard):
+        return part, process_group
     share = -(-total // dist.get_world_size(group))  # as torch.chunk divides
     return part, VocabShard(group, min(dist.get_rank(group) * share, total), part.shape[dim], total)
 
@@ -143,19 +165,28 @@ def gather_parameter(x: Tensor) -> Tensor:
     return _GatherParameter.apply(x) if is_distributed(x) else x
 
 
-def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, width: int) -> None:
-    """ValueError on every rank unless all have the same tokens, and parts that follow each other. One collective and a synchronisation."""
+def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, hidden: Tensor | None = None) -> None:
+    """ValueError on every rank unless all have the same tokens, equally many hidden states, and parts that follow each other.
+
+    One collective and a synchronisation.
+    """
+    check_tensor("ids", ids, dtypes=INTS)
+    if mask is not None:
+        check_tensor("mask", mask, shape=ids.shape)
     counted = ids.flatten().long() if mask is None else torch.where(mask.flatten() != 0, ids.flatten().long(), -1)
     weights = torch.arange(1, counted.numel() + 1, device=ids.device)  # a sum that depends on the order
     shape = [*ids.shape, 0, 0, 0, 0][:4]
-    mine = torch.tensor([shard.first, shard.size, shard.total, width, ids.numel(), *shape, 0], dtype=torch.int64, device=ids.device)
+    rows, width = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[-1])
+    numbers = [shard.first, shard.size, shard.total, width, shard.shares, rows, ids.numel(), *shape, 0]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
     mine[-1] = ((counted * weights) % 2147483647).sum()
     everyone = shard.gather(mine).tolist()
-    for what, column in (("a vocabulary", 2), ("a hidden width", 3), ("a number of tokens", 4)):
+    compared = ("vocabulary", "hidden width", "number of shares of hidden", "first dimension of hidden", "number of tokens")
+    for column, what in enumerate(compared, 2):
         values = [row[column] for row in everyone]
         if len(set(values)) > 1:
-            raise ValueError(f"the ranks of process_group differ in {what}: {values}")
-    if any(row[5:] != everyone[0][5:] for row in everyone):
+            raise ValueError(f"the ranks of process_group differ in a {what}: {values}")
+    if any(row[7:] != everyone[0][7:] for row in everyone):
         raise ValueError("the ranks of process_group differ in ids or mask; each needs all tokens, and the part of the vocabulary that is its own")
     at = 0
     for rank, (first, size, total, *_) in enumerate(everyone):

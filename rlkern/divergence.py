@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, check_number, check_tensor
-from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, take_gradients
+from .distributed import ProcessGroup, check_same_inputs, local, shard_of
+from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, local_head, shape_of_tokens, take_gradients
 from .ops.divergence import Divergence, LinearDivergence
 from .ops.logits import TRITON_DTYPES
+from .ops.shards import Shard
 
 
 def full_kl(
@@ -23,6 +25,8 @@ def full_kl(
     reverse: bool = False,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup = None,
+    validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Exact KL divergence of each token's distribution, in nats, which the estimators of :func:`rlkern.kl_penalty` sample.
@@ -43,6 +47,10 @@ def full_kl(
         reverse: KL(ref || policy) instead of KL(policy || ref).
         softcap: positive bound of the logits (Gemma), or None.
         logit_scale: positive factor of the logits (Cohere, Granite).
+        process_group: the ranks among which the vocabulary is divided, both models' alike, as in :func:`rlkern.token_logprobs`. One all-gather of
+            five numbers a row in the forward (a JSD takes another, of two), nothing in the backward; all ranks get the same bits.
+        validate: check that the ranks of ``process_group`` have the same tokens (two collectives and synchronisations). Default: on the CPU, or with
+            RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
 
     Returns:
@@ -51,7 +59,7 @@ def full_kl(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
     """
-    return _divergence(logits, ref_logits, 0.0 if reverse else 1.0, temperature, mask, softcap, logit_scale, backend)
+    return _divergence(logits, ref_logits, 0.0 if reverse else 1.0, temperature, mask, softcap, logit_scale, process_group, validate, backend)
 
 
 def generalized_jsd(
@@ -63,6 +71,8 @@ def generalized_jsd(
     mask: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup = None,
+    validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence of a student and a teacher, in nats: the distillation loss of GKD, token by token.
@@ -79,11 +89,12 @@ def generalized_jsd(
         logits: of the student, ``S + [V]``.
         ref_logits: of the teacher, ``S + [V]``.
         beta: weight of the teacher in the mixture, in [0, 1].
-        temperature, mask, softcap, logit_scale, backend: as in :func:`full_kl`, as are shapes, dtypes, result and errors.
+        temperature, mask, softcap, logit_scale, process_group, validate, backend: as in :func:`full_kl`, as are shapes, dtypes, result and errors.
 
     Source: Agarwal et al., On-Policy Distillation of Language Models (2023), https://arxiv.org/abs/2306.13649.
     """
-    return _divergence(logits, ref_logits, check_number("beta", beta, at_least=0, at_most=1), temperature, mask, softcap, logit_scale, backend)
+    beta = check_number("beta", beta, at_least=0, at_most=1)
+    return _divergence(logits, ref_logits, beta, temperature, mask, softcap, logit_scale, process_group, validate, backend)
 
 
 def linear_full_kl(
@@ -104,6 +115,7 @@ def linear_full_kl(
     rows: Tensor | None = None,
     compact: bool | None = None,
     mode: Literal["recompute", "frozen-head"] | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -122,6 +134,8 @@ def linear_full_kl(
         logits_dtype: dtype of the policy's logits of a chunk: that of the product (default), or float32, which the reference's are then as well.
         chunk_bytes: memory for the policy's logits of a chunk; the reference's come to it. Default: 64 MiB on a CPU, 1 GiB on a GPU.
         rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
+        process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. One all-gather, or with a
+            frozen head one a chunk; a JSD takes one more a chunk.
 
     Returns:
         Shape ``S``, float32 (float64 where any logits are).
@@ -146,6 +160,7 @@ def linear_full_kl(
         rows=rows,
         compact=compact,
         mode=mode,
+        process_group=process_group,
         validate=validate,
         backend=backend,
     )
@@ -169,6 +184,7 @@ def linear_generalized_jsd(
     rows: Tensor | None = None,
     compact: bool | None = None,
     mode: Literal["recompute", "frozen-head"] | None = None,
+    process_group: ProcessGroup = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -193,6 +209,7 @@ def linear_generalized_jsd(
         rows=rows,
         compact=compact,
         mode=mode,
+        process_group=process_group,
         validate=validate,
         backend=backend,
     )
@@ -204,6 +221,33 @@ def _backend_for(dtype: torch.dtype, ref_dtype: torch.dtype, device: torch.devic
     return choose_backend(backend, wider, triton_dtypes=TRITON_DTYPES)
 
 
+def _divided_alike(
+    policy: tuple[Shard | None, Tensor | None],
+    ref: tuple[Shard | None, Tensor | None],
+    shape: torch.Size,
+    device: torch.device,
+    mask: Tensor | None,
+    validate: bool,
+) -> str:
+    """Check the mask, and that both vocabularies, and hidden states if given, are divided alike; gives the part that is here, as operators take it.
+
+    What differs between ranks is looked at first, since all of them can say so.
+    """
+    if mask is not None:
+        check_tensor("mask", mask, device=device)
+    for shard, hidden in (policy, ref):
+        if shard is not None and validate:
+            ids = torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device)
+            check_same_inputs(shard, ids, mask, hidden)
+    shard, ref_shard = policy[0], ref[0]
+    if shard != ref_shard:
+        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.shares}" for x in (shard, ref_shard)]
+        raise ValueError(f"policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
+    if mask is not None:
+        check_tensor("mask", mask, shape=shape)
+    return "" if shard is None else shard.text
+
+
 def _divergence(
     logits: Tensor,
     ref_logits: Tensor,
@@ -212,18 +256,22 @@ def _divergence(
     mask: Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    process_group: ProcessGroup,
+    validate: bool | None,
     backend: str | None,
 ) -> Tensor:
     check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+    check_tensor("ref_logits", ref_logits, min_dim=2, dtypes=FLOATS)
+    (logits, group), (ref_logits, ref_group) = (local(name, x, -1, process_group) for name, x in (("logits", logits), ("ref_logits", ref_logits)))
     shape, device = logits.shape[:-1], logits.device
-    check_tensor("ref_logits", ref_logits, shape=logits.shape, dtypes=FLOATS, device=device)
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape, device=device)
+    shard, ref_shard = shard_of(group, logits.shape[-1]), shard_of(ref_group, ref_logits.shape[-1])
+    if logits.shape[-1] == 0 and shard is None:
+        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+    part = _divided_alike((shard, None), (ref_shard, None), shape, device, mask, choose_validate(validate, logits))
+    check_tensor("ref_logits", ref_logits, shape=logits.shape, device=device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
-    return Divergence.apply(logits, ref_logits.detach(), mask, per_token, scale, cap, beta, backend)
+    return Divergence.apply(logits, ref_logits.detach(), mask, per_token, scale, cap, beta, backend, part)
 
 
 def _linear_divergence(
@@ -244,18 +292,23 @@ def _linear_divergence(
     rows: Tensor | None,
     compact: bool | None,
     mode: str | None,
+    process_group: ProcessGroup,
     validate: bool | None,
     backend: str | None,
 ) -> Tensor:
-    dtype = check_head(hidden, weight, bias, logits_dtype)
-    shape, device = hidden.shape[:-1], hidden.device
-    ref_dtype = check_head(ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_")
-    check_tensor("ref_hidden", ref_hidden, shape=(*shape, ref_hidden.shape[-1]), device=device)
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
+    ref_hidden, ref_weight, ref_bias, ref_shard = local_head(ref_hidden, ref_weight, ref_bias, process_group, "ref_")
+    dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
+    ref_dtype = check_head(
+        ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_", sharded=ref_shard is not None
+    )
+    shape, device = shape_of_tokens(hidden, shard), hidden.device
+    must_validate = choose_validate(validate, hidden)
+    part = _divided_alike((shard, hidden), (ref_shard, ref_hidden), shape, device, mask, must_validate)
+    check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
     check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape, device=device)
     per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    rows = check_rows(rows, shape.numel(), device, choose_validate(validate, hidden))
+    rows = check_rows(rows, shape.numel(), device, must_validate)
     return LinearDivergence.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -269,8 +322,9 @@ def _linear_divergence(
         beta,
         dtype,
         ref_dtype,
-        check_chunk(chunk_bytes, weight, dtype),
+        check_chunk(chunk_bytes, weight, dtype, shard),
         device.type == "cpu" if compact is None else compact,
         freezes_head(take_gradients(hidden, weight, bias), mode),
         _backend_for(dtype, ref_dtype, device, backend),
+        part,
     ).view(shape)

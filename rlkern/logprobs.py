@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backend import choose_backend, choose_validate
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
-from .distributed import ProcessGroup, check_same_inputs, is_distributed, local, shard_of
+from .distributed import ProcessGroup, VocabShard, check_same_inputs, is_distributed, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
@@ -25,10 +25,10 @@ def check_logits(
     shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
     if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    _check_ids(ids, mask, shape, device)
     must_validate = choose_validate(validate, logits)
     if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask, 0)
+        check_same_inputs(shard, ids, mask)
+    _check_ids(ids, mask, shape, device)
     return logits, shape, device, shard, must_validate
 
 
@@ -99,7 +99,7 @@ def check_keep(keep: KeptTokens, ids: Tensor, vocabulary: int, shard: Shard | No
 class LinearInputs(NamedTuple):
     """Checked arguments of a function from hidden states, the per-token ones flattened to ``[N]``."""
 
-    hidden: Tensor  # [N, H]
+    hidden: Tensor  # [N, H], or this rank's share of the rows
     weight: Tensor
     bias: Tensor | None
     ids: Tensor
@@ -120,6 +120,30 @@ class LinearInputs(NamedTuple):
     def needs_grad(self) -> tuple[bool, bool, bool]:
         """Whether hidden, weight and bias take gradients."""
         return take_gradients(self.hidden, self.weight, self.bias)
+
+
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: ProcessGroup, prefix: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
+    """What is here of hidden states and a head, named with the prefix, and which part of the vocabulary that is."""
+    check_tensor(f"{prefix}weight", weight, min_dim=2)
+    same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
+    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None)
+    bias = None if bias is None else local(f"{prefix}bias", bias, 0, process_group, same_tokens=same_tokens)[0]
+    weight, process_group = local(f"{prefix}weight", weight, 0, process_group, same_tokens=same_tokens)
+    shard = shard_of(process_group, weight.shape[0])
+    if isinstance(tokens, VocabShard) and shard is not None and tokens.group.group_name == shard.group_name:
+        if tokens.total % shard.ranks:
+            raise ValueError(
+                f"{prefix}hidden is a DTensor of {tokens.total} in the first dimension, which {shard.ranks} ranks cannot share equally: pad it"
+            )
+        shard = shard.sharing_rows()
+    return hidden, weight, bias, shard
+
+
+def shape_of_tokens(hidden: Tensor, shard: Shard | None) -> torch.Size:
+    """S, also where the ranks share the hidden states."""
+    return torch.Size((hidden.shape[0] * (1 if shard is None else shard.shares), *hidden.shape[1:-1]))
 
 
 def check_head(
@@ -197,19 +221,14 @@ def check_linear(
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    check_tensor("weight", weight, min_dim=2)
-    same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
-    hidden, _ = local("hidden", hidden, 0, None)
-    bias = None if bias is None else local("bias", bias, 0, process_group, same_tokens=same_tokens)[0]
-    weight, process_group = local("weight", weight, 0, process_group, same_tokens=same_tokens)
-    shard = shard_of(process_group, weight.shape[0])
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
     dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-    shape, device = hidden.shape[:-1], hidden.device
-    _check_ids(ids, mask, shape, device)
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+    shape, device = shape_of_tokens(hidden, shard), hidden.device
     must_validate = choose_validate(validate, hidden)
     if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask, weight.shape[1])
+        check_same_inputs(shard, ids, mask, hidden)
+    _check_ids(ids, mask, shape, device)
+    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
     rows = check_rows(rows, ids.numel(), device, must_validate)
     offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
     return LinearInputs(
@@ -381,7 +400,8 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.
         process_group: the ranks among which the head is divided, each with its rows of ``weight`` and ``bias`` and all of ``hidden``, as in
             :func:`token_logprobs`. Beside the all-gather (one for all, or with a frozen head one a chunk) d loss / d hidden is summed over the ranks,
-            chunk by chunk, beside the products that follow.
+            chunk by chunk, beside the products that follow. With sequence parallelism (see :class:`rlkern.VocabShard`; of a DTensor that is divided
+            along the first dimension, too) each has a share of ``hidden`` instead: these are all-gathered, and d loss / d hidden is reduce-scattered.
 
     Returns:
         As :func:`token_logprobs`: shape ``S``, float32 (float64 for float64).

@@ -1,12 +1,12 @@
 """Vocabularies divided among ranks: values and all gradients are those of one process, to rounding; every rank gets the same bits."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from divided import SCALING, SIZES, H, V, assert_same, collectives, inputs, nan, problem, shareable
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -14,10 +14,6 @@ from torch import Tensor
 import rlkern as rk
 from rlkern.surrogates import SURROGATES
 
-nan = float("nan")
-V, H = 23, 8
-# Columns of each rank, with one of padding in all; one rank has nothing.
-SIZES = {2: (12, 12), 3: (5, 11, 8), 4: (9, 0, 8, 7)}
 PRESETS = {
     name: getattr(rk.PolicyLossConfig, name)(kl_coef=0.1, **({"max_length": 6} if name == "dr_grpo" else {}))
     for name in (
@@ -38,58 +34,6 @@ PRESETS = {
         "reinforce",
     )
 } | {"entropy bonus": rk.PolicyLossConfig.grpo(entropy_coef=0.1)}
-
-
-def problem(world: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """[3, 6] tokens, among them the first and last of every rank; NaN where the mask is 0."""
-    g = torch.Generator().manual_seed(world)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    ids = torch.randint(V, (3, 6), generator=g)
-    first = 0
-    for i, size in enumerate(SIZES[world]):
-        if size:
-            ids[i % 3, i // 3], ids[i % 3, 2 + i // 3] = first, min(first + size, V) - 1
-        first += size
-    ids[1, 5] = -100
-    mask = torch.ones(3, 6)
-    mask[2, 4:] = mask[0, 5] = 0
-    hidden, weight, bias = normal(3, 6, H), normal(V, H) / 2, normal(V) / 2
-    lp = torch.log_softmax(hidden @ weight.t() + bias, -1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]
-    old = lp + 0.2 * normal(3, 6)
-    return {
-        "hidden": hidden.masked_fill(mask[..., None] == 0, nan).to(dtype),
-        "weight": weight.to(dtype),
-        "bias": bias.to(dtype),
-        "ids": ids,
-        "mask": mask,
-        "old": old.masked_fill(mask == 0, nan),
-        "ref": (old + 0.2 * normal(3, 6)).masked_fill(mask == 0, nan),
-        "advantages": normal(3),
-        "temperature": 0.5 + normal(3, 6).abs(),
-        "up": normal(2, 3, 6),
-    }
-
-
-def part(x: Tensor, rank: int, world: int) -> Tensor:
-    """The rank's rows of a tensor over the vocabulary, with NaN in the padding."""
-    padded = torch.cat([x, x.new_full((sum(SIZES[world]) - len(x), *x.shape[1:]), nan)])
-    return padded.split(SIZES[world])[rank]
-
-
-def inputs(p: dict[str, Tensor], rank: int | None, world: int) -> dict[str, Tensor]:
-    """What a rank, or one process for all, differentiates with respect to."""
-    logits = torch.nan_to_num(p["hidden"].float()) @ p["weight"].float().t()
-    leaves = {"hidden": p["hidden"], "weight": p["weight"], "bias": p["bias"], "logits": logits.masked_fill(p["mask"][..., None] == 0, nan)}
-    if rank is not None:
-        leaves["logits"] = part(logits.movedim(-1, 0), rank, world).movedim(0, -1)
-        leaves["weight"], leaves["bias"] = part(p["weight"], rank, world), part(p["bias"], rank, world)
-    return {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
-
-
-SCALING = {"softcap": 3.0, "logit_scale": 0.8}
 
 
 def logprobs_of(p: dict[str, Tensor], x: dict[str, Tensor], **options: Any) -> list[Tensor]:
@@ -141,40 +85,32 @@ def everything(p: dict[str, Tensor], x: dict[str, Tensor], process_group: Any = 
     keep = rk.KeptTokens.from_mask((torch.arange(V) % 3 != 0) | (torch.arange(V) == p["ids"][..., None]))
     found["kept tokens"] = loss_of(p, x, PRESETS["grpo"], linear=True, keep=keep, **options)
     found["kept tokens, logits"] = loss_of(p, x, PRESETS["grpo"], linear=False, keep=keep, **options)
+    packed = {**p, **{name: p[name].flatten() for name in ("ids", "mask", "old", "ref")}, "advantages": p["advantages"][:3]}
+    flat = {**x, "hidden": x["hidden"].flatten(0, 1)}
+    found["packed sequences"] = loss_of(packed, flat, PRESETS["gspo"], linear=True, cu_seqlens=torch.tensor([0, 5, 12, 18]), **options)
     own = rk.fused_linear_loss(x["hidden"], x["weight"], p["ids"], lambda lp, h: -lp - 0.1 * h, mask=p["mask"], **options)
     found["own loss"] = [own.loss.detach(), *torch.autograd.grad(own.loss, [x["hidden"], x["weight"]])]
     return found
 
 
-def on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
-    p = problem(world)
-    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
-    return {name: [t.detach() for t in tensors] for name, tensors in everything(p, inputs(p, rank, world), shard).items()}
-
-
-def assemble(parts: list[Tensor], whole: Tensor, world: int) -> Tensor:
-    """One tensor of those of the ranks: put together where the vocabulary is a dimension, otherwise the same on all."""
-    for dim in (0, whole.dim() - 1):
-        if whole.dim() and [x.shape[dim] for x in parts] == list(SIZES[world]) and whole.shape[dim] == V:
-            joined = torch.cat(parts, dim)
-            assert not joined.narrow(dim, V, joined.shape[dim] - V).any(), "padding has a gradient"
-            return joined.narrow(dim, 0, V)
-    assert all(torch.equal(x, parts[0]) for x in parts), "ranks differ"
-    return parts[0]
+def on_a_rank(rank: int, world: int, sharing: bool) -> dict[str, list[Tensor]]:
+    p = shareable(problem(world)) if sharing else problem(world)
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V, sequence_parallel=sharing)
+    found = everything(p, inputs(p, rank, world, sharing=sharing), shard)
+    return {name: [t.detach() for t in tensors] for name, tensors in found.items()}
 
 
 @pytest.mark.parametrize("world", SIZES)
 def test_equals_one_process(world):
     p = problem(world)
     whole = everything(p, inputs(p, None, world))
-    ranks = on_ranks(world, on_a_rank)
-    for name, tensors in whole.items():
-        for i, exact in enumerate(tensors):
-            mine = assemble([r[name][i] for r in ranks], exact, world)
-            try:
-                assert_accurate(mine, exact, eps=1e-6 * max(1.0, float(exact.detach().nan_to_num().abs().max())))
-            except AssertionError as e:
-                raise AssertionError(f"{name}, result {i}: {e}") from e
+    assert_same(on_ranks(world, on_a_rank, False), whole, world)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_hidden_states_that_ranks_share(world):
+    p = shareable(problem(world))
+    assert_same(on_ranks(world, on_a_rank, True), everything(p, inputs(p, None, world)), world)
 
 
 def test_presets_are_all_there():
@@ -184,11 +120,11 @@ def test_presets_are_all_there():
 # ---- collectives ----------------------------------------------------------------------------------------------------------------------------
 
 
-def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
+def count_on_a_rank(rank: int, world: int, sharing: bool) -> dict[str, dict[str, int]]:
     """How many collectives forward and backward take, by name, when ids are not validated."""
-    p = problem(world)
-    x = inputs(p, rank, world)
-    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V)
+    p = shareable(problem(world))
+    x = inputs(p, rank, world, sharing=sharing)
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V, sequence_parallel=sharing)
     options = {"mask": p["mask"], "process_group": shard, "validate": False}
     config = rk.PolicyLossConfig.gspo(clip_low=0.9, clip_high=5.0)
 
@@ -213,32 +149,54 @@ def count_on_a_rank(rank: int, world: int) -> dict[str, dict[str, int]]:
         "token-level loss": lambda: loss(rk.PolicyLossConfig.ppo()),
     }
     counts = {}
-
-    def count(name: str, run: Callable[[], Any]) -> Any:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            result = run()
-        events = [e.name for e in profile.events()]
-        counts[name] = {kind: sum(f"c10d::{kind}" in e for e in events) for kind in ("_allgather_base_", "allreduce_")}
-        return result
-
     for name, call in calls.items():
-        result = count(f"{name}, forward", call)
+        result, counts[f"{name}, forward"] = collectives(call)
         wanted = x["logits"] if name == "logits" else x["hidden"]
-        count(f"{name}, backward", lambda: torch.autograd.grad(result.sum(), wanted))  # noqa: B023
+        _, counts[f"{name}, backward"] = collectives(lambda: torch.autograd.grad(result.sum(), wanted))  # noqa: B023
     return counts
 
 
 def test_collectives_are_few():
-    gather, reduce, nothing = ({"_allgather_base_": a, "allreduce_": r} for a, r in ((1, 0), (0, 1), (0, 0)))
-    for counts in on_ranks(2, count_on_a_rank):
+    gather, reduce, nothing = {"gather": 1}, {"sum": 1}, {}
+    for counts in on_ranks(2, count_on_a_rank, False):
         assert counts["logits, forward"] == counts["linear, forward"] == counts["linear in chunks, forward"] == gather
         assert counts["logits, backward"] == nothing
         assert counts["linear, backward"] == reduce  # of d loss / d hidden
         assert counts["sequence-level loss, forward"] == gather
         assert counts["sequence-level loss, backward"] == reduce
         for name in ("frozen head", "token-level loss"):  # whose gradients are made in the forward
-            assert counts[f"{name}, forward"] == {"_allgather_base_": 1, "allreduce_": 1}
+            assert counts[f"{name}, forward"] == {"gather": 1, "sum": 1}
             assert counts[f"{name}, backward"] == nothing
+
+
+def test_collectives_of_shared_hidden_states():
+    """These are gathered where logits are made of them, and all gradients of them go back in one."""
+    for counts in on_ranks(2, count_on_a_rank, True):
+        for name in ("linear", "linear in chunks", "sequence-level loss"):
+            assert counts[f"{name}, forward"] == {"gather": 2}
+            assert counts[f"{name}, backward"] == {"gather": 1, "share of the sum": 1}
+        for name in ("frozen head", "token-level loss"):
+            assert counts[f"{name}, forward"] == {"gather": 2, "share of the sum": 1}
+            assert counts[f"{name}, backward"] == {}
+
+
+def saved_on_a_rank(rank: int, world: int) -> list[Tensor]:
+    p = shareable(problem(world))
+    x = inputs(p, rank, world, sharing=True)
+    shard = rk.VocabShard.of(SIZES[world][rank], dist.group.WORLD, vocab_size=V, sequence_parallel=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):
+        for weight in (x["weight"], x["weight"].detach()):
+            rk.linear_token_logprobs(x["hidden"], weight, p["ids"], mask=p["mask"], process_group=shard)
+            rk.fused_linear_policy_loss(x["hidden"], weight, p["ids"], p["old"], p["advantages"], mask=p["mask"], process_group=shard)
+    return saved
+
+
+def test_a_share_is_all_that_is_kept():
+    for saved in on_ranks(2, saved_on_a_rank):
+        widths = [t.numel() for t in saved if t.dim() and t.shape[-1] == H]
+        assert len(widths) > 4
+        assert max(widths) <= 12 * H  # of 12 rows of the head; 18 tokens have hidden states of twice 9
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------------------------------
@@ -250,6 +208,7 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
     x = inputs(p, rank, world)
     world_group = dist.group.WORLD
     other_ids = p["ids"] if rank else p["ids"].roll(1, 1)
+    sharing = [rk.VocabShard(world_group, 12 * rank, 12, V, sequence_parallel=s) for s in (True, False)]
     attempts = {
         "sizes differ": lambda: rk.token_logprobs(x["logits"][..., : 12 - rank], p["ids"].clamp(max=9), process_group=world_group),
         "gap": lambda: rk.token_logprobs(x["logits"], p["ids"], mask=p["mask"], process_group=rk.VocabShard(world_group, 13 * rank, 12, V)),
@@ -260,6 +219,12 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
         "too few": lambda: rk.VocabShard.of(12, world_group, vocab_size=25),
         "another shard": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group=rk.VocabShard(world_group, 12 * rank, 11, V)),
         "id": lambda: rk.token_logprobs(x["logits"], p["ids"] + 15, process_group=world_group),
+        "sharing differs": lambda: rk.VocabShard.of(12, world_group, sequence_parallel=rank == 0),
+        "one shares": lambda: rk.linear_token_logprobs(x["hidden"], x["weight"], p["ids"], mask=p["mask"], process_group=sharing[rank]),
+        "unequal shares": lambda: rk.linear_token_logprobs(
+            x["hidden"].split((2, 1))[rank], x["weight"], p["ids"], mask=p["mask"], process_group=sharing[0]
+        ),
+        "ids of a share": lambda: rk.linear_token_logprobs(x["hidden"], x["weight"], p["ids"], mask=p["mask"], process_group=sharing[0]),
         "no group": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group="world"),
         "not a member": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group=dist.GroupMember.NON_GROUP_MEMBER),
     }
@@ -286,6 +251,10 @@ def test_bad_set_ups_are_errors_on_every_rank():
         "too few": "vocab_size is 25, but the ranks hold \\[12, 12\\]",
         "another shard": "VocabShard is of 11 tokens, but the tensor has 12",
         "id": "outside the vocabulary \\[0, 24\\)",
+        "sharing differs": "sequence_parallel must be the same on all ranks, got \\[True, False\\]",
+        "one shares": "differ in a number of shares of hidden: \\[2, 1\\]",
+        "unequal shares": "differ in a first dimension of hidden: \\[2, 1\\]",
+        "ids of a share": "ids must have shape \\(6, 6\\), got \\(3, 6\\)",
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
         "not a member": "process_group must be",
     }
@@ -311,7 +280,7 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     divided["logits"] = distribute_tensor(torch.nan_to_num(x["logits"].detach()), mesh, [Shard(-1)])
     divided = {name: t.requires_grad_() for name, t in divided.items()}
     whole = {name: torch.nan_to_num(t.detach()).requires_grad_() for name, t in x.items()}
-    with pytest.raises(ValueError, match="process_group must be None, or the group of the mesh"):
+    with pytest.raises(ValueError, match="process_group must be None, the group of the mesh"):
         rk.token_logprobs(divided["logits"], p["ids"], process_group=dist.new_group())
     with pytest.raises(ValueError, match=r"where each has its own \(FSDP\), pass rlkern.gather_parameter\(bias\)"):
         rk.linear_token_logprobs(whole["hidden"], divided["weight"], p["ids"], bias=divided["bias"])
@@ -319,10 +288,22 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     with pytest.raises(ValueError, match="divided along dimension 0"):
         rk.linear_token_logprobs(divided["hidden"], wrong, p["ids"])
     plain = {**divided, "hidden": whole["hidden"].detach().requires_grad_()}
+    cases = {"logits": (False, divided, None), "linear": (True, divided, None), "linear, by a group": (True, plain, mesh.get_group())}
+    shared = distribute_tensor(whole["hidden"].detach(), mesh, [Shard(0)])
+    if world == 2:
+        with pytest.raises(ValueError, match="hidden is a DTensor of 3 in the first dimension, which 2 ranks cannot share equally: pad it"):
+            rk.linear_token_logprobs(shared, divided["weight"], p["ids"])
+    else:
+        cases["shared hidden states"] = True, {**divided, "hidden": shared.requires_grad_()}, None
+        part = shared.to_local().detach().requires_grad_()
+        shard = rk.VocabShard.of(divided["weight"].to_local().shape[0], mesh.get_group(), sequence_parallel=True)
+        cases["shared hidden states, plain"] = True, {**divided, "hidden": part}, shard
     found = {}
-    for linear, given, group in ((False, divided, None), (True, divided, None), (True, plain, mesh.get_group())):
+    for name, (linear, given, group) in cases.items():
         mine, exact = loss_of(p, given, PRESETS["grpo"], linear=linear, process_group=group), loss_of(p, whole, PRESETS["grpo"], linear=linear)
-        found[f"linear {linear}, group {group is not None}"] = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in mine], exact
+        if name == "shared hidden states, plain":
+            exact[3] = exact[3].chunk(world)[rank]
+        found[name] = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in mine], exact
     return found
 
 

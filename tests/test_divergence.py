@@ -431,17 +431,17 @@ def test_compile(backend, device):
 def test_opcheck(backend, device):
     x, y = two_models(3, 4, 50, device=device)
     mask, temperature = torch.ones(3, 4, device=device), torch.full((3, 4), 0.7, device=device)
-    forward = (x, y, mask, temperature, 1.0, 30.0, 0.3, backend)
+    forward = (x, y, mask, temperature, 1.0, 30.0, 0.3, backend, "")
     torch.library.opcheck(ops.divergence_op, forward)
     result, statistics = ops.divergence_op(*forward)
-    torch.library.opcheck(ops.divergence_backward_op, (result, *forward[:-1], statistics, backend))
+    torch.library.opcheck(ops.divergence_backward_op, (result, *forward[:-2], statistics, backend, ""))
 
     problem = Problem(torch.float32, device=device)
     tensors = (problem.policy[0].view(-1, H), *problem.policy[1:], problem.ref[0].view(-1, H_REF), *problem.ref[1:], problem.mask.view(-1), None)
     options = (torch.arange(4, 12, device=device), 1.0, None, 0.3, torch.float32, torch.float32, 5, False)
-    torch.library.opcheck(ops.linear_divergence_op, (*tensors, *options, True, backend))
-    result, statistics, _ = ops.linear_divergence_op(*tensors, *options, False, backend)
-    torch.library.opcheck(ops.linear_divergence_backward_op, (result, statistics, *tensors, *options, True, True, True, backend))
+    torch.library.opcheck(ops.linear_divergence_op, (*tensors, *options, True, backend, ""))
+    result, statistics, _ = ops.linear_divergence_op(*tensors, *options, False, backend, "")
+    torch.library.opcheck(ops.linear_divergence_backward_op, (result, statistics, *tensors, *options, True, True, True, backend, ""))
 
 
 def test_autocast_does_not_lower_the_precision(backend, device):

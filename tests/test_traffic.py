@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rlkern as rk
 from bench.traffic import Traffic, traffic
+from rlkern.ops.divergence import Comparison
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in Triton's interpreter, which does not run on a GPU machine")
 
@@ -120,6 +121,19 @@ def test_divergences_read_each_model_once_and_mixtures_twice(beta, vocabulary):
     assert moved.of(logits).loaded == moved.of(ref_logits).loaded == moved.of(gradient).stored == size(logits)
     assert moved.launches == 1
     assert_at_floor(moved, 3 * size(logits) + size(upstream) + statistics)
+
+
+def test_divergences_of_a_part_take_no_more():
+    """Of a vocabulary that ranks share, a KL reads each model once, and a JSD once before and once after its collective."""
+    x, y = _logits(6000)[0].detach(), _logits(6000)[0].detach()
+    for beta in (0.0, 1.0, 0.5):
+        comparison = Comparison(None, None, 1.0, None, beta, "triton")
+        moved, states = measure(lambda: comparison.states(x, y))  # noqa: B023
+        assert moved.launches == 1
+        assert_at_floor(moved, size(x, y, states))
+    moved, terms = measure(lambda: comparison.terms(x, y, states))
+    assert moved.launches == 1
+    assert_at_floor(moved, size(x, y, states, terms) - states.shape[0] * 4)
 
 
 def test_masked_rows_of_divergences_are_not_read():

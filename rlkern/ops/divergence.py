@@ -2,6 +2,10 @@
 
 One number says which: ``beta`` is the weight of q (reference, teacher) in the mixture, 0 for KL(q || p), 1 for KL(p || q). ``statistics [..., 5]``
 are the maximum of a row of x and log2 of its sum relative to that, the same of y, and what the gradient subtracts: KL(p || q), 0 or KL(p || mixture).
+
+Of a vocabulary divided among ranks, each has ``states [n, 5]`` (maximum and sum of p and of q, and the sum t of kernels/divergence.py; of q and p in
+reverse), which merge into those of whole rows. A JSD takes a second round, since its terms are of both sums: ``terms [n, 2]``, sum p (log p - log M)
+and sum q (log q - log M), which add up.
 """
 
 from __future__ import annotations
@@ -18,23 +22,30 @@ from torch.autograd.function import once_differentiable
 from .._backend import device_of
 from .._checks import state_dtype
 from .linear import Gradients, Head, empty_gradients, pick, spread, taking_part
-from .logits import Chunks, as_rows, locate, row_scale, soft_capped
+from .logits import Chunks, as_rows, locate, row_scale, scales, soft_capped
+from .shards import Shard, all_rows, my_rows, raised
 
 STATISTICS = 5
 _LN2 = math.log(2.0)
+_LOG2E = 1 / _LN2
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
 
 
-def live_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
-    """Flat: which positions count, as bool; ``like [..., V]``."""
+def live_tokens(like: Tensor, mask: Tensor | None, part: Shard | None = None) -> Tensor:
+    """Flat: which positions count, as bool; ``like [..., V]``, or a rank's share of its rows."""
     if mask is None:
-        return torch.ones(like.shape[:-1].numel(), dtype=torch.bool, device=like.device)
+        return torch.ones(all_rows(like, part), dtype=torch.bool, device=like.device)
     return mask.flatten() != 0
+
+
+def common_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """In which logits like x and y are compared."""
+    return torch.promote_types(state_dtype(x), state_dtype(y))
 
 
 def empty_results(x: Tensor, y: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
     """Unfilled (divergence, statistics) of this shape, for logits like x and y."""
-    dtype = torch.promote_types(state_dtype(x), state_dtype(y))
+    dtype = common_dtype(x, y)
     return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(*shape, STATISTICS, dtype=dtype, device=x.device)
 
 
@@ -48,6 +59,7 @@ class Comparison:
     cap: float | None
     beta: float
     backend: str
+    shard: Shard | None = None  # which part of the vocabulary the logits are; None: all of it
 
     @property
     def kind(self) -> str:
@@ -62,8 +74,66 @@ class Comparison:
 
     def divergence(self, logits: Tensor, ref_logits: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """Fill ``out``: (divergence, statistics), contiguous; zeros where masked."""
-        if out[0].numel():
+        if not out[0].numel():
+            return
+        if self.shard is not None:
+            self.finish(self.begin(logits, ref_logits, out), out)
+        else:
             (_triton_forward if self.backend == "triton" else _torch_forward)(logits, ref_logits, self, out)
+
+    def begin(self, logits: Tensor, ref_logits: Tensor, out: tuple[Tensor, Tensor]) -> Tensor:
+        """What :meth:`finish` takes of these columns: states, or of a JSD, after a collective for its statistics, terms."""
+        states = self.states(logits, ref_logits)
+        if self.kind != "jsd":
+            return states
+        self.store(self.merged(states), out)
+        return self.terms(logits, ref_logits, out[1])
+
+    def finish(self, parts: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """Fill ``out`` by one collective."""
+        assert self.shard is not None
+        if self.kind == "jsd":
+            self.store_terms(self.shard.gather(parts).double().sum(0), out)
+        else:
+            self.store(self.merged(parts), out)
+
+    def states(self, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        """Of these columns alone."""
+        return (_triton_states if self.backend == "triton" else _torch_states)(logits, ref_logits, self)
+
+    def terms(self, logits: Tensor, ref_logits: Tensor, statistics: Tensor) -> Tensor:
+        """Of these columns alone, given the statistics of whole rows."""
+        return (_triton_terms if self.backend == "triton" else _torch_terms)(logits, ref_logits, self, statistics)
+
+    def merged(self, states: Tensor) -> Tensor:
+        """The states of whole rows, by one collective, in float64: the same bits on all ranks."""
+        assert self.shard is not None
+        m_p, s_p, m_q, s_q, t = self.shard.gather(states).double().unbind(-1)
+        c = scales(self.scale, self.temperature, torch.float64) * _LOG2E
+        (m_p, moved_p), (m_q, moved_q) = raised(m_p, c), raised(m_q, c)
+        by = moved_p.exp2()
+        # A part that is infinite stays so, however small its share.
+        t = by.clamp(min=torch.finfo(by.dtype).tiny) * (t + (moved_p - moved_q) * s_p)
+        return torch.stack([m_p, (by * s_p).sum(0), m_q, (moved_q.exp2() * s_q).sum(0), t.sum(0)], -1)
+
+    def store(self, states: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """Fill ``out`` from the states of whole rows: of a JSD but for what takes the terms."""
+        m_p, s_p, m_q, s_q, t = states.unbind(-1)
+        log2_p, log2_q = (s.masked_fill(s == 0, torch.nan).log2() for s in (s_p, s_q))  # no distribution
+        result = (t / s_p - (log2_p - log2_q)) * _LN2
+        mean = result if self.kind == "kl" else torch.zeros_like(result)
+        of_p, of_q = (m_p, log2_p), (m_q, log2_q)
+        columns = [*of_q, *of_p, mean] if self.kind == "reverse" else [*of_p, *of_q, mean]
+        live = live_tokens(out[1], self.mask)
+        for x, place in zip([result, *columns], [out[0].view(-1), *out[1].view(-1, STATISTICS).unbind(-1)], strict=True):
+            place.copy_(torch.where(live, x, 0.0))
+
+    def store_terms(self, terms: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """Fill in what takes the terms of whole rows."""
+        of_p, of_q = terms.unbind(-1)
+        _, log2_p, _, log2_q, mean = out[1].view(-1, STATISTICS).unbind(-1)
+        mean.copy_(of_p + 0.0 * (log2_p + log2_q))  # NaN if either is
+        out[0].view(-1).copy_((1.0 - self.beta) * mean + self.beta * of_q)
 
     def gradient(self, out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, statistics: Tensor) -> None:
         """Fill ``out``, which may be ``logits``, with d loss / d logits; zeros where a row is masked or has no upstream gradient."""
@@ -100,17 +170,34 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _triton_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
+    _launch_forward(logits, ref_logits, o, *out, "whole")
+
+
+def _triton_states(logits: Tensor, ref_logits: Tensor, o: Comparison) -> Tensor:
+    states = torch.empty(logits.shape[:-1].numel(), STATISTICS, dtype=torch.float32, device=logits.device)
+    _launch_forward(logits, ref_logits, o, None, states, "states")
+    return states
+
+
+def _triton_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> Tensor:
+    terms = torch.empty(logits.shape[:-1].numel(), 2, dtype=torch.float32, device=logits.device)
+    _launch_forward(logits, ref_logits, o, terms, statistics, "terms")
+    return terms
+
+
+def _launch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | None, statistics: Tensor, part: str) -> None:
     from ..kernels import divergence as kernels
 
     x, y = as_rows(logits), as_rows(ref_logits)
     # Two passes want few rows in flight, for the cache; one wants many small programs, since each block ends in two reductions.
     tiling = PairTiling.of(x, y, threads=256 if o.kind == "jsd" else 128)
     with device_of(x):
-        kernels.divergence_kernel[(out[0].numel(),)](
+        kernels.divergence_kernel[(logits.shape[:-1].numel(),)](
             x,
             y,
             *_contiguous(o.mask, o.temperature),
-            *out,
+            result,
+            statistics,
             x.shape[-1],
             *_layout(x),
             *_layout(y),
@@ -118,6 +205,7 @@ def _triton_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tupl
             o.cap,
             o.beta,
             KIND=o.kind,
+            PART=part,
             BLOCK=tiling.block,
             STAGES=tiling.stages,
             num_warps=tiling.warps,
@@ -155,13 +243,31 @@ def _triton_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tens
 # ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _exponentials(x: Tensor, scale: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(maximum, x less that, in ``buffer``, its exponentials, their sum or NaN) of soft-capped rows."""
+def _pairs(
+    logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice | Tensor, int, float | Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Chunks of live rows: (rows, how many, their scale, soft-capped x and y, two buffers, which these may be); a row that is alone comes twice."""
+    chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
+    other = torch.empty_like(chunks.buffer)
+    for rows, raw in chunks:
+        n = raw.shape[0]
+        raw_y = ref[locate(ref, rows)]
+        buffers = chunks.buffer[:n], other[:n]
+        x, y = (soft_capped(t, o.cap, buffer) for t, buffer in zip((raw, raw_y.expand(n, -1)), buffers, strict=True))
+        yield rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, n, dtype), x, y, *buffers
+
+
+def _exponentials(x: Tensor, c: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in ``buffer``, its exponentials, their sum) of soft-capped rows."""
     m = x.amax(-1, keepdim=True)
     d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer)
-    e = (d * scale).exp_()
-    s = e.sum(-1, keepdim=True)
-    return m, d, e, s.masked_fill_(s == 0, torch.nan)
+    e = (d * c).exp_()
+    return m, d, e, e.sum(-1, keepdim=True)
+
+
+def _log_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, buffer: Tensor) -> Tensor:
+    """In ``buffer``, from the statistics of soft-capped rows."""
+    return torch.sub(x, m, out=buffer).mul_(c).sub_(log2_sum * _LN2)
 
 
 def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
@@ -174,54 +280,58 @@ def _log_ratio(p: Tensor, m: Tensor) -> Tensor:
     return p.div(m).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
-def _torch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
-    y = as_rows(ref_logits)
-    result, statistics = out[0].view(-1), out[1].view(-1, STATISTICS)
-    for x in out:
-        x.zero_()
-    chunks = Chunks(as_rows(logits), live_tokens(logits, o.mask), result.dtype)
-    other = torch.empty_like(chunks.buffer)
-    for rows, raw in chunks:
-        n, live = raw.shape[0], result[rows].numel()
-        c = row_scale(o.scale, o.temperature, rows, n, result.dtype)
-        raw_y = y[locate(y, rows)].expand(n, -1)
-        of_p, of_q = (_exponentials(soft_capped(x, o.cap, buffer[:n]), c, buffer[:n]) for x, buffer in ((raw, chunks.buffer), (raw_y, other)))
-        mean = None
-        if o.beta in (0, 1):
-            (_, d, e, s), (_, d_other, _, s_other) = (of_p, of_q) if o.beta == 1 else (of_q, of_p)
-            ratio = torch.sub(d, d_other, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+def _mixture_terms(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    m = _mixture(p, q, beta)
+    return torch.stack([_log_ratio(x, m).mul_(x).sum(-1) for x in (p, q)], -1)
+
+
+def _torch_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: Tensor | None = None) -> Tensor:
+    """And the terms, where the vocabulary is whole."""
+    first, second = (ref_logits, logits) if o.kind == "reverse" else (logits, ref_logits)
+    states = torch.zeros(logits.shape[:-1].numel(), STATISTICS, dtype=common_dtype(logits, ref_logits), device=logits.device)
+    if logits.shape[-1] == 0:
+        states[:, ::2] = torch.tensor([-torch.inf, -torch.inf, 0.0])
+        return states
+    for rows, live, c, x, y, buffer, other in _pairs(first, second, o, live_tokens(logits, o.mask), states.dtype):
+        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = _exponentials(x, c, buffer), _exponentials(y, c, other)
+        t = torch.zeros_like(s_p)
+        if o.kind != "jsd":
+            ratio = torch.sub(d, d_q, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
             infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
-            of_sums = s.log() - s_other.log()
-            value = e.mul_(ratio).sum(-1, keepdim=True) / s * c - of_sums
-            value = torch.where(infinite, torch.inf + 0.0 * of_sums, value)
-            mean = value if o.beta == 1 else None
-        else:
-            p, q = (e.div_(s) for _, _, e, s in (of_p, of_q))
-            m = _mixture(p, q, o.beta)
-            mean, from_q = (_log_ratio(x, m).mul_(x).sum(-1, keepdim=True) for x in (p, q))
-            value = (1 - o.beta) * mean + o.beta * from_q
-        result[rows] = value[:live, 0]
-        for i, column in enumerate((of_p[0], of_p[3].log2(), of_q[0], of_q[3].log2(), mean)):
-            if column is not None:
-                statistics[rows, i] = column[:live, 0]
+            t = torch.where(infinite, torch.inf, e.mul_(ratio).sum(-1, keepdim=True) * c * _LOG2E)
+        elif terms is not None:
+            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta)[:live]
+        states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:live]
+    return states
+
+
+def _torch_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> Tensor:
+    terms = torch.zeros(logits.shape[:-1].numel(), 2, dtype=statistics.dtype, device=logits.device)
+    if logits.shape[-1] == 0:
+        return terms
+    columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
+    for rows, live, c, x, y, buffer, other in _pairs(logits, ref_logits, o, live_tokens(logits, o.mask), statistics.dtype):
+        m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
+        p, q = _log_p(x, m_p, log2_p, c, buffer).exp_(), _log_p(y, m_q, log2_q, c, other).exp_()
+        terms[rows] = _mixture_terms(p, q, o.beta)[:live]
+    return terms
+
+
+def _torch_forward(logits: Tensor, ref_logits: Tensor, o: Comparison, out: tuple[Tensor, Tensor]) -> None:
+    terms = torch.zeros(out[0].numel(), 2, dtype=out[0].dtype, device=logits.device)
+    o.store(_torch_states(logits, ref_logits, o, terms), out)
+    if o.kind == "jsd":
+        o.store_terms(terms, out)
 
 
 def _torch_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> None:
-    x, y, dx = as_rows(logits), as_rows(ref_logits), as_rows(out)
-    upstream = grad.flatten()
+    dx, upstream = as_rows(out), grad.flatten()
     live = live_tokens(logits, o.mask) & (upstream != 0)
-    chunks = Chunks(x, live, statistics.dtype)
-    other = torch.empty_like(chunks.buffer)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, raw in chunks:
+    for rows, n, c, x, y, buffer, other in _pairs(logits, ref_logits, o, live, statistics.dtype):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
-        n = mean.shape[0]
-        c = row_scale(o.scale, o.temperature, rows, n, chunks.dtype)
-        z = soft_capped(raw[:n], o.cap, chunks.buffer[:n])
-        w = soft_capped(y[locate(y, rows)], o.cap, other[:n])
-        slope = None if o.cap is None else z.div(o.cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d = torch.sub(z, m_p, out=chunks.buffer[:n]).mul_(c).sub_(log2_p * _LN2)
-        d_ref = torch.sub(w, m_q, out=other[:n]).mul_(c).sub_(log2_q * _LN2)
+        slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
+        d, d_ref = _log_p(x, m_p, log2_p, c, buffer), _log_p(y, m_q, log2_q, c, other)
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
             excluded = d == -torch.inf
@@ -236,12 +346,17 @@ def _torch_backward(out: Tensor, grad: Tensor, logits: Tensor, ref_logits: Tenso
         dz.mul_(factor if o.beta in (0, 1) else factor * (1 - o.beta))
         if slope is not None:
             dz.mul_(slope)
-        dx[locate(dx, rows)] = dz.to(dx.dtype)
-    if chunks.index is not None:
+        dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
+    if not bool(live.all()):
         dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
 
 
 # ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
+
+
+def tokens(logits: Tensor, part: Shard | None) -> Tensor:
+    """The columns that are tokens."""
+    return logits if part is None else logits[..., : part.columns]
 
 
 @torch.library.custom_op("rlkern::divergence", mutates_args=())
@@ -254,10 +369,11 @@ def divergence_op(
     cap: float | None,
     beta: float,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor]:
     """(divergence, statistics) of ``[..., V]``."""
-    out = empty_results(logits, ref_logits, *logits.shape[:-1])
-    Comparison(mask, temperature, scale, cap, beta, backend).divergence(logits, ref_logits, out)
+    out, part = empty_results(logits, ref_logits, *logits.shape[:-1]), Shard.from_text(shard)
+    Comparison(mask, temperature, scale, cap, beta, backend, part).divergence(tokens(logits, part), tokens(ref_logits, part), out)
     return out
 
 
@@ -278,10 +394,13 @@ def divergence_backward_op(
     beta: float,
     statistics: Tensor,
     backend: str,
+    shard: str,
 ) -> Tensor:
     """d loss / d logits in a new tensor."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    Comparison(mask, temperature, scale, cap, beta, backend).gradient(out, grad, logits, ref_logits, statistics)
+    out, part = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), Shard.from_text(shard)
+    here = tokens(out, part)
+    out[..., here.shape[-1] :] = 0
+    Comparison(mask, temperature, scale, cap, beta, backend, part).gradient(here, grad, tokens(logits, part), tokens(ref_logits, part), statistics)
     return out
 
 
@@ -304,18 +423,18 @@ class Divergence(torch.autograd.Function):
         cap: float | None,
         beta: float,
         backend: str,
+        shard: str,
     ) -> Tensor:
-        result, statistics = divergence_op(logits, ref_logits, mask, temperature, scale, cap, beta, backend)
+        result, statistics = divergence_op(logits, ref_logits, mask, temperature, scale, cap, beta, backend, shard)
         ctx.save_for_backward(logits, ref_logits, mask, temperature, statistics)
-        ctx.options = (scale, cap, beta, backend)
+        ctx.scaling, ctx.where = (scale, cap, beta), (backend, shard)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, ref_logits, mask, temperature, statistics = ctx.saved_tensors
-        *scaling, backend = ctx.options
-        return divergence_backward_op(grad, logits, ref_logits, mask, temperature, *scaling, statistics, backend), *(None,) * 7
+        return divergence_backward_op(grad, logits, ref_logits, mask, temperature, *ctx.scaling, statistics, *ctx.where), *(None,) * 8
 
 
 # ---- from hidden states ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +457,7 @@ class Heads:
         chunk: int,
         comparison: Comparison,
     ) -> Heads:
-        policy_head, ref_head = (Head(*head, chunk, index, None, None, comparison.backend) for head in (policy, ref))
+        policy_head, ref_head = (Head(*head, chunk, index, None, None, comparison.backend, part=comparison.shard) for head in (policy, ref))
         return cls(policy_head, ref_head, comparison.at(index))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Comparison]]:
@@ -367,20 +486,29 @@ def linear_divergence_op(
     compact: bool,
     with_jacobian: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(divergence [N], statistics, J = d divergence / d hidden, empty where not wanted) of ``hidden [N, H]`` and ``ref_hidden [N, H']``."""
-    index = taking_part(live_tokens(hidden, mask), rows, compact)
+    part = Shard.from_text(shard)
+    index = taking_part(live_tokens(hidden, mask, part), rows, compact)
     policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
-    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend))
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, part))
     divergence, statistics = empty_results(heads.policy.buffer, heads.ref.buffer, heads.policy.rows)
     jacobian = Gradients(heads.policy, with_jacobian, False, False)
     ones = torch.ones_like(divergence)
+    parts = []  # of a part of the vocabulary: where nothing else is made of a chunk, all go into one collective
     for at, h, logits, ref_logits, comparison in heads:
-        comparison.divergence(logits, ref_logits, (divergence[at], statistics[at]))
+        out = divergence[at], statistics[at]
+        if part is not None and not with_jacobian:
+            parts.append(comparison.begin(logits, ref_logits, out))
+            continue
+        comparison.divergence(logits, ref_logits, out)
         if with_jacobian:
             comparison.gradient(logits, ones[at], logits, ref_logits, statistics[at])
             jacobian.add(heads.policy.where(at), h, logits)
-    n = hidden.shape[0]
+    if parts:
+        heads.comparison.finish(torch.cat(parts), (divergence, statistics))
+    n = all_rows(hidden, part)
     return spread(divergence, index, n), spread(statistics, index, n), jacobian.results()[0]
 
 
@@ -404,9 +532,11 @@ def _(
     compact: bool,
     with_jacobian: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n = all_rows(hidden, Shard.from_text(shard))
     x, y = (torch.empty(0, dtype=dtype, device=hidden.device) for dtype in (logits_dtype, ref_logits_dtype))
-    return *empty_results(x, y, hidden.shape[0]), hidden.new_empty(hidden.shape if with_jacobian else (0,))
+    return *empty_results(x, y, n), hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
 
 @torch.library.custom_op("rlkern::linear_divergence_backward", mutates_args=())
@@ -433,12 +563,14 @@ def linear_divergence_backward_op(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d (hidden, weight, bias) by making both models' logits again; empty where not needed."""
-    live = live_tokens(hidden, mask) & (grad != 0)
+    part = Shard.from_text(shard)
+    live = live_tokens(hidden, mask, part) & (grad != 0)
     index = taking_part(live, rows, compact)
     policy, ref = (hidden, weight, bias, logits_dtype), (ref_hidden, ref_weight, ref_bias, ref_logits_dtype)
-    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend))
+    heads = Heads.of(index, policy, ref, chunk, Comparison(mask, temperature, scale, cap, beta, backend, part))
     if needs_weight and not compact:
         heads.policy.live = live
     gradients = Gradients(heads.policy, needs_hidden, needs_weight, needs_bias)
@@ -473,6 +605,7 @@ def _(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(hidden, weight, logits_dtype, needs_hidden, needs_weight, needs_bias)
 
@@ -501,23 +634,25 @@ class LinearDivergence(torch.autograd.Function):
         compact: bool,
         frozen: bool,
         backend: str,
+        shard: str,
     ) -> Tensor:
         tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature, rows)
         ctx.options = (scale, cap, beta, logits_dtype, ref_logits_dtype, chunk, compact)
-        divergence, statistics, jacobian = linear_divergence_op(*tensors, *ctx.options, frozen, backend)
+        divergence, statistics, jacobian = linear_divergence_op(*tensors, *ctx.options, frozen, backend, shard)
         ctx.save_for_backward(*((mask, jacobian) if frozen else (statistics, *tensors)))
-        ctx.frozen, ctx.backend = frozen, backend
+        ctx.frozen, ctx.where = frozen, (backend, shard)
         return divergence
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 15
+        rest = (None,) * 16
         if ctx.frozen:
             mask, jacobian = ctx.saved_tensors
-            upstream = torch.where(live_tokens(jacobian, mask), grad, 0.0).unsqueeze(1)
-            return (upstream * jacobian).to(jacobian.dtype), None, None, *rest
+            part = Shard.from_text(ctx.where[1])
+            upstream = torch.where(live_tokens(jacobian, mask, part), grad, 0.0).unsqueeze(1)
+            return (my_rows(upstream, part) * jacobian).to(jacobian.dtype), None, None, *rest
         statistics, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = linear_divergence_backward_op(grad, statistics, *tensors, *ctx.options, *needs, ctx.backend)
+        gradients = linear_divergence_backward_op(grad, statistics, *tensors, *ctx.options, *needs, *ctx.where)
         return *(g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, tensors[:3], needs, strict=True)), *rest

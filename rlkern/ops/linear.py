@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .fused import PolicyRows
 from .keep import restrict_into
 from .logits import Rows, Statistics, check_ids, live_rows
-from .shards import Shard
+from .shards import Shard, my_rows
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> N
 class Head:
     """logits = hidden @ weight.T + bias for the rows in ``index`` (None: all), a chunk at a time."""
 
-    hidden: Tensor  # [N, H]
+    hidden: Tensor  # [N, H]; given this rank's share of them, it is gathered
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     logits_dtype: torch.dtype
@@ -72,13 +72,15 @@ class Head:
     restricted: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.part is not None:
+            self.hidden = self.part.gather_rows(self.hidden)
         self.rows = self.hidden.shape[0] if self.index is None else self.index.numel()
         self.size = max(1, min(self.chunk, self.rows))
         self.operand = torch.promote_types(self.hidden.dtype, self.weight.dtype)
         if self.hidden.device.type == "cpu" and self.logits_dtype != self.operand:
             self.operand = self.logits_dtype  # a CPU has no products of mixed precision
         if self.part is not None:
-            columns = min(self.weight.shape[0], max(self.part.total - self.part.first, 0))
+            columns = self.part.columns
             self.weight, self.bias = self.weight[:columns], None if self.bias is None else self.bias[:columns]
         self.weight = self.weight.to(self.operand)
         self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)
@@ -117,7 +119,7 @@ class Gradients:
     """d loss / d hidden, weight and bias, gathered chunk by chunk; those of weight and bias in float32 at least.
 
     Of a head that is divided among ranks, each has its own part of the latter two; the sum over the ranks for a chunk of the first runs beside the
-    products that follow.
+    products that follow. Where each has a share of the rows, that of the sum goes to it at the end.
     """
 
     def __init__(self, head: Head, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
@@ -143,7 +145,7 @@ class Gradients:
                 product(grad, self.head.weight, part)
             else:
                 part = (grad @ self.head.weight).to(self.hidden.dtype)
-            if self.head.part is not None:
+            if self.head.part is not None and self.head.part.shares == 1:
                 self.sums.append((self.head.part.start_sum(part), None if there else where, part))
             elif not there:
                 self.hidden[where] = part
@@ -163,6 +165,8 @@ class Gradients:
             self.hidden.zero_()
             self.weight.zero_()
         self.whole_weight[len(self.weight) :] = 0
+        if self.head.part is not None and self.head.part.shares > 1 and self.hidden.numel():
+            self.hidden = self.head.part.sum_of_my_rows(self.hidden)
         return self.hidden, self.whole_weight, self.whole_bias
 
 
@@ -414,7 +418,7 @@ class LinearLogprobs(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 19
         if ctx.frozen and grad_logprob is not None:
             upstream = torch.where(live_rows(ids, mask), grad_logprob, 0.0).unsqueeze(1)
-            grads[0] = (upstream * jacobian).to(jacobian.dtype)
+            grads[0] = (my_rows(upstream, Shard.from_text(ctx.shard)) * jacobian).to(jacobian.dtype)
             grad_logprob = None
         if grad_logprob is None and grad_entropy is None:
             return tuple(grads)

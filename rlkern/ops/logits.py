@@ -61,6 +61,11 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         )
 
 
+def scales(scale: float, temperature: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    """logit_scale / T: a number, or flat, one for each row."""
+    return scale if temperature is None else scale / temperature.flatten().to(dtype)
+
+
 class Statistics(NamedTuple):
     """Of each row: log-prob and entropy of its distribution, and what the gradient needs. Entropy is an empty tensor where it is not wanted."""
 
@@ -109,13 +114,13 @@ class Rows:
 
     def scales(self, dtype: torch.dtype) -> float | Tensor:
         """logit_scale / T: a number, or one for each row."""
-        return self.scale if self.temperature is None else self.scale / self.temperature.flatten().to(dtype)
+        return scales(self.scale, self.temperature, dtype)
 
     def columns(self, logits: Tensor) -> tuple[int, int, int]:
         """(first token, number of columns that are tokens, size of the vocabulary) of these logits."""
         if self.shard is None:
             return 0, logits.shape[-1], logits.shape[-1]
-        return self.shard.first, min(logits.shape[-1], max(self.shard.total - self.shard.first, 0)), self.shard.total
+        return self.shard.first, self.shard.columns, self.shard.total
 
     def inside(self, total: int) -> Tensor:
         """Flat: whether the id is in a vocabulary of ``total``."""

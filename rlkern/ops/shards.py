@@ -8,38 +8,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The latter is deprecated from torch 2.13 on, which has the former.
+# The latter are deprecated from torch 2.13 on, which has the former.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Operators take strings, not process groups.
 _GROUPS: dict[str, dist.ProcessGroup] = {}
 
 
 class Shard(NamedTuple):
-    """Of ``size`` columns on this rank those are tokens that lie below ``total``: the tokens from ``first`` on."""
+    """Of ``size`` columns on this rank those are tokens that lie below ``total``: the tokens from ``first`` on.
+
+    Of hidden states it has all rows, or where the ranks share them the ``share``-th of ``shares`` equal parts.
+    """
 
     first: int
     size: int
     total: int
+    share: int
+    shares: int
     group_name: str
 
     @classmethod
     def of(cls, first: int, size: int, total: int, group: dist.ProcessGroup) -> Shard:
-        """On this rank of ``group``."""
+        """On this rank of ``group``, with all rows."""
         _GROUPS[group.group_name] = group
-        return cls(first, size, total, group.group_name)
+        return cls(first, size, total, 0, 1, group.group_name)
+
+    def sharing_rows(self) -> Shard:
+        """With a share of the rows."""
+        return self._replace(share=dist.get_rank(self.group), shares=self.ranks)
 
     @property
     def text(self) -> str:
         """As operators take it; :meth:`from_text` reads it."""
-        return f"{self.first} {self.size} {self.total} {self.group_name}"
+        return " ".join(str(x) for x in self)
 
     @classmethod
     def from_text(cls, text: str) -> Shard | None:
         """None for "", a vocabulary that is here whole."""
         if not text:
             return None
-        first, size, total, group_name = text.split(" ", 3)
-        return cls(int(first), int(size), int(total), group_name)
+        first, size, total, share, shares, group_name = text.split(" ", 5)
+        return cls(int(first), int(size), int(total), int(share), int(shares), group_name)
+
+    @property
+    def columns(self) -> int:
+        """How many are tokens; the rest are padding."""
+        return min(self.size, max(self.total - self.first, 0))
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -59,6 +74,29 @@ class Shard(NamedTuple):
         assert work is not None
         return work
 
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """``x`` of all rows, given this rank's share; one collective where that is not all."""
+        return x if self.shares == 1 else self.gather(x).flatten(0, 1)
+
+    def sum_of_my_rows(self, x: Tensor) -> Tensor:
+        """This rank's share of the rows of the sum of ``x`` over the ranks, by one collective."""
+        out = x.new_empty(x.shape[0] // self.shares, *x.shape[1:])
+        _reduce_scatter(out, x, group=self.group)
+        return out
+
+
+def all_rows(x: Tensor, part: Shard | None) -> int:
+    """How many rows there are, where this rank has those of ``x [..., H]``."""
+    return x.shape[:-1].numel() * (1 if part is None else part.shares)
+
+
+def my_rows(x: Tensor, part: Shard | None) -> Tensor:
+    """This rank's share of the rows of ``x``."""
+    if part is None:
+        return x
+    rows = x.shape[0] // part.shares
+    return x[part.share * rows : (part.share + 1) * rows]
+
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``x`` of every rank of the group, ``[ranks, *x.shape]``."""
@@ -73,9 +111,14 @@ def concatenated(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tenso
     return torch.cat([part[:size] for part, size in zip(gathered(padded, group), sizes, strict=True)])
 
 
-def merged(m: Tensor, s: Tensor, t: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """States of the online softmax (kernels/softmax.py) along the first dimension as one; ``c`` is a number or one for each row."""
+def raised(m: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest of maxima along the first dimension, and how far, in bits, distances from each move; ``c`` is a number or one for each row."""
     top = m.amax(0)
-    moved = torch.where(m == -torch.inf, 0.0, (m - torch.where(top == -torch.inf, 0.0, top)) * c)
+    return top, torch.where(m == -torch.inf, 0.0, (m - torch.where(top == -torch.inf, 0.0, top)) * c)
+
+
+def merged(m: Tensor, s: Tensor, t: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States of the online softmax (kernels/softmax.py) along the first dimension as one."""
+    top, moved = raised(m, c)
     scale = moved.exp2()
     return top, (scale * s).sum(0), (scale * (t + moved * s)).sum(0)
