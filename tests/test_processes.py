@@ -20,6 +20,7 @@ REWARDS = """
 def sevens(completions, **fields):
     return [completion.count("7") / 4 for completion in completions]
 """
+CORRECTED = {"engine": "own_engines:Hotter", "rollout_correction": "mask", "correction_level": "sequence", "correction_high": 1.05}
 TRAINERS = {"grpo": (grpo.GRPOArguments, grpo.train), "ppo": (ppo.PPOArguments, ppo.train)}
 
 
@@ -92,7 +93,7 @@ def run(world: int, kind: str, files: Path, output: Path, **changes: Any) -> lis
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 4}], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 4}, CORRECTED], ids=["whole", "micro-batches", "corrected"])
 def test_numbers_do_not_depend_on_the_processes(kind, changes, files, tmp_path):
     one, two = (run(world, kind, files, tmp_path / str(world), **changes) for world in (1, 2))
     assert len(one) == len(two)

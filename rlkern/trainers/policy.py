@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import rlkern as rk
@@ -48,17 +49,9 @@ class PolicyRun(Run):
         self.eval_rewards = load(args.eval_reward, field="eval_reward") or self.rewards
 
         self.model = load_model(args.model, getattr(torch, args.dtype))
-        self.sample = Sampler(
-            self.model,
-            load_tokenizer(args.model),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.rollout_batch_size,
-        )
-        for row in (*self.rows, *self.held_out):
-            self.sample.tokens(row)  # a prompt that cannot be used is an error now, not in the step that draws it
+        self.sample = Sampler(self.model, load_tokenizer(args.model), args)
+        # A prompt that cannot be used is an error now, not in the step that draws it.
+        longest = max(len(self.sample.tokens(row)) for row in (*self.rows, *self.held_out))
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.reference = None
@@ -66,6 +59,7 @@ class PolicyRun(Run):
             self.reference = LastHidden(load_model(args.model, getattr(torch, args.dtype))).to(self.device).requires_grad_(False)
         optimizer = self.adamw(self.model, args.learning_rate)
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
+        self.sample.start(longest)
 
     def adamw(self, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
         """An optimiser of the model by the settings."""
@@ -77,7 +71,14 @@ class PolicyRun(Run):
         here = self.prompts_here
         prompts = batch_at(step, self.args.prompts_per_step, len(self.rows), self.args.seed)[self.rank * here : (self.rank + 1) * here]
         rows = [self.rows[i] for i in prompts for _ in range(self.args.samples_per_prompt)]
+        self.sample.engine.load_weights(self.weights())
         return rows, *self.sample(rows)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights by their names, each made whole when it is read."""
+        for name, weight in self.model.named_parameters():
+            weight = weight.detach()
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
     def inputs(self, batch: Completions) -> dict[str, Any]:
         """What a transformers model takes."""
@@ -107,6 +108,23 @@ class PolicyRun(Run):
         """Log-probs of the completions' tokens, [N, T], as data."""
         return self.frozen(lambda rows: rk.linear_token_logprobs(**self.scored(model, rows)), batch)
 
+    def mismatch(self, batch: Completions, old: Tensor | None) -> tuple[Tensor | None, dict[str, float]]:
+        """How the engine that sampled differs from the policy, whose log-probs before the step's updates are ``old``.
+
+        Importance weights of the tokens, [N, T], where rollout_correction asks for them; and what to report, over all processes.
+        """
+        args, mask, sampled = self.args, batch.mask, batch.logprobs
+        if sampled is None or old is None:
+            return None, {}
+        weigh = partial(rk.importance_weights, old, sampled, mask=mask, level=args.correction_level)
+        ratio = weigh()
+        weights = weigh(low=args.correction_low, high=args.correction_high, outside="zero" if args.rollout_correction == "mask" else "clamp")
+        kl = rk.kl_penalty(sampled, old, "k3", mask=mask)  # of the engine's distribution from the policy's
+        sums = self.accelerator.reduce(torch.stack([kl.sum(), (weights != ratio).sum(), mask.sum()]), "sum")
+        numbers = dict(zip(("mismatch_kl", "mismatch_outside"), (sums / sums[-1]).tolist(), strict=False))
+        numbers["mismatch_ratio_max"] = self.accelerator.gather(ratio.max()).max().item()
+        return None if args.rollout_correction == "none" else weights, numbers
+
     def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""
         count = lengths.sum() if aggregation == "token-mean" else torch.tensor(len(lengths), device=self.device)
@@ -130,6 +148,7 @@ class PolicyRun(Run):
         seed_all(self.args.seed, "evaluation", self.rank)
         rows = [row for row in self.held_out[self.rank :: self.world] for _ in range(self.args.eval_samples)]
         size = self.args.prompts_per_step * self.args.samples_per_prompt
+        self.sample.engine.load_weights(self.weights())
         texts = [text for i in range(0, len(rows), size) for text in self.sample(rows[i : i + size])[1]]
         rewards = self.total_rewards(self.eval_rewards, rows, texts)[0]
         right = rewards >= self.args.success_reward
