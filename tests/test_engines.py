@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import rlkern as rk
 from rlkern.trainers import grpo, ppo
+from rlkern.trainers.arguments import parse
 from rlkern.trainers.engines import Sampling
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.grpo import GRPO, GRPOArguments
@@ -223,6 +224,15 @@ def test_settings_that_cannot_be_used(files, tmp_path, changes, name, message):
 def test_choices_are_checked_on_the_command_line(setting):
     with pytest.raises(InputError, match=f"--{setting.replace('_', '-')}: expected one of .*got 'tis'"):
         grpo.main([f"--{setting.replace('_', '-')}", "tis"])
+
+
+@pytest.mark.parametrize("line", ["correction_high: none", "correction_high: null"])
+def test_a_number_that_may_be_none(tmp_path, line):
+    (tmp_path / "settings.yaml").write_text(line)
+    for words in (["--correction-high", "none"], ["--config", str(tmp_path / "settings.yaml")]):
+        assert parse(GRPOArguments, words, prog="rlkern grpo", description="")[0] == {"correction_high": None}
+    with pytest.raises(InputError, match="expected a number, got 'none'"):
+        parse(GRPOArguments, ["--temperature", "none"], prog="rlkern grpo", description="")
 
 
 # ---- Importance weights ---------------------------------------------------------------------------------------------------------------------

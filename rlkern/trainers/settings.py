@@ -97,7 +97,7 @@ class PolicyArguments(RunArguments):
     )
     correction_level: str = option("token", "what a weight belongs to", choices=("token", "sequence"))
     correction_low: float | None = option(None, "least weight; truncate sets a lesser one to this, mask to 0")
-    correction_high: float | None = option(3.0, "greatest weight; truncate sets a greater one to this, mask to 0")
+    correction_high: float | None = option(3.0, "greatest weight; truncate sets a greater one to this, mask to 0; none: no bound")
     track_mismatch: bool = option(False, "report how the engine differs from the policy, even where rollout_correction is none")
     # Objective
     loss: str = option("ppo", "preset of rlkern.PolicyLossConfig")
