@@ -2,7 +2,7 @@
 
 from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
-from .distributed import VocabShard
+from .distributed import VocabShard, gather_parameter
 from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
 from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
@@ -32,6 +32,7 @@ __all__ = [
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "gae",
+    "gather_parameter",
     "generalized_jsd",
     "group_advantages",
     "importance_ratio",

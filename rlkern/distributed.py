@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import check_number
 from .ops.shards import Shard, gathered
@@ -95,7 +96,7 @@ def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_t
     if process_group is None and not same_tokens:
         raise ValueError(
             f"{name} is a DTensor of which each rank has a part. Where all ranks have the same tokens (tensor parallelism), pass its group as "
-            f"process_group; where each has its own (FSDP), pass {name}.full_tensor()"
+            f"process_group; where each has its own (FSDP), pass rlkern.gather_parameter({name})"
         )
     if process_group is not None and getattr(process_group, "group_name", None) != group.group_name:
         raise ValueError(f"{name} is a DTensor: process_group must be None, or the group of the mesh dimension that it is divided over")
@@ -107,6 +108,39 @@ def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_t
 def is_distributed(x: Tensor) -> bool:
     """Whether it is a DTensor."""
     return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
+
+
+class _GatherParameter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.mesh, ctx.placements = x.device_mesh, x.placements
+        return x.full_tensor()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mean = grad / ctx.mesh.size()
+        return DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False).redistribute(ctx.mesh, ctx.placements)
+
+
+def gather_parameter(x: Tensor) -> Tensor:
+    """A parameter that FSDP2 divides among ranks with tokens of their own, whole; as it is where it is no DTensor.
+
+    Its gradient is the mean over the ranks, as FSDP and DDP have it for the parameters that they gather themselves (``x.full_tensor()`` alone takes
+    the gradients of the ranks for equal, and keeps one rank's for each part). For a head that is used outside the forward of its module::
+
+        hidden = model(...)                               # stops before the head
+        out = rk.fused_linear_policy_loss(hidden, rk.gather_parameter(head.weight), ...)
+
+    Args:
+        x: a parameter, any shape; a DTensor over a mesh whose dimensions are all data parallelism.
+
+    Returns:
+        A tensor of the whole shape, in the dtype of ``x``. Forward: one all-gather; backward: one reduce-scatter.
+    """
+    return _GatherParameter.apply(x) if is_distributed(x) else x
 
 
 def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, width: int) -> None:

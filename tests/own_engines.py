@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlkern.trainers.engines import Generate, Sample, Sampling
 
@@ -14,6 +15,19 @@ class Hotter(Generate):
 
     def __init__(self, model: Any, sampling: Sampling):
         super().__init__(model, replace(sampling, temperature=2 * sampling.temperature))
+
+
+class Copy(Generate):
+    """Samples from a model of its own."""
+
+    def __init__(self, model: Any, sampling: Sampling):
+        super().__init__(AutoModelForCausalLM.from_pretrained(model.name_or_path), sampling)
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        own = dict(self.model.named_parameters())
+        for name, weight in weights:
+            own.pop(name).data.copy_(weight)
+        assert not own
 
 
 class Spelling:

@@ -82,7 +82,10 @@ def test_errors_in_the_file_name_file_line_and_setting(tmp_path, monkeypatch, ca
         (["grpo", "--steps", "0"], "rlkern grpo: error: --steps: must be at least 1, got 0"),
         (["grpo", "--kl-coef", "nan"], "rlkern grpo: error: kl_coef must be a number finite, got nan"),
         (["grpo", "--samples-per-prompt", "1"], "rlkern grpo: error: --samples-per-prompt: must be at least 2"),
-        (["grpo", "--prompts-per-step", "3", "--samples-per-prompt", "3", "--minibatches", "2"], "rlkern grpo: error: --minibatches: 3 prompts x 3 "),
+        (
+            ["grpo", "--prompts-per-step", "3", "--samples-per-prompt", "3", "--minibatches", "10"],
+            "rlkern grpo: error: --minibatches: 3 prompts x 3 ",
+        ),
         (["grpo", "--model", "m"], "rlkern grpo: error: data and reward must be given too"),
         (["grpo", "--config", "nowhere.yaml"], "rlkern grpo: error: --config: cannot read nowhere.yaml: No such file or directory"),
     ],

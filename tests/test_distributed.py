@@ -313,7 +313,7 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     whole = {name: torch.nan_to_num(t.detach()).requires_grad_() for name, t in x.items()}
     with pytest.raises(ValueError, match="process_group must be None, or the group of the mesh"):
         rk.token_logprobs(divided["logits"], p["ids"], process_group=dist.new_group())
-    with pytest.raises(ValueError, match=r"where each has its own \(FSDP\), pass bias.full_tensor"):
+    with pytest.raises(ValueError, match=r"where each has its own \(FSDP\), pass rlkern.gather_parameter\(bias\)"):
         rk.linear_token_logprobs(whole["hidden"], divided["weight"], p["ids"], bias=divided["bias"])
     wrong = distribute_tensor(x["weight"].detach(), mesh, [Shard(1)])
     with pytest.raises(ValueError, match="divided along dimension 0"):
@@ -332,6 +332,31 @@ def test_dtensors_say_how_they_are_divided(world):
         for mine, exact in found.values():
             for a, b in zip(mine, exact, strict=True):
                 assert_accurate(a, b, eps=2e-6)
+
+
+def gathered_on_a_rank(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    x = torch.arange(21.0).view(7, 3)
+    up = torch.randn(world, 7, 3, generator=torch.Generator().manual_seed(0))
+    meshes = {"fsdp": (init_device_mesh("cpu", (world,)), [Shard(0)])}
+    if world == 4:
+        meshes["hsdp"] = init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]
+    for mesh, placements in meshes.values():
+        divided = distribute_tensor(x, mesh, placements).requires_grad_()
+        whole = rk.gather_parameter(divided.to(torch.float64))
+        assert torch.equal(whole, x.double())
+        (whole * up[rank]).sum().backward()
+        assert divided.grad is not None
+        assert divided.grad.placements == tuple(placements)
+        assert_accurate(divided.grad.full_tensor(), up.mean(0), eps=1e-7)
+    assert rk.gather_parameter(x) is x
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_gathered_parameter_gets_the_mean_gradient_of_all_ranks(world):
+    on_ranks(world, gathered_on_a_rank)
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def start(files: Path, output: Path, kind: str = "grpo", **changes) -> Any:
 
 def rollout(run: PolicyRun, copies: int = 8) -> Completions:
     seed_all("test")
-    run.sample.engine.load_weights(run.weights())
-    return run.sample(run.rows * copies)[0]
+    with run.sampling():
+        return run.sample(run.rows * copies)[0]
 
 
 # ---- Completions and their log-probs --------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_failure_of_continuous_batching_is_an_error(files, tmp_path, monkeypat
 def test_an_engine_of_ones_own_gets_the_weights_and_its_completions_are_learned_from(files, tmp_path, spec):
     run = start(files, tmp_path / "run", engine=spec, epochs=1, minibatches=1)
     engine = run.sample.engine
-    assert engine.sampling == Sampling(1.0, 0, 1.0, 6, engine.sampling.max_length, run.sample.ends, run.sample.pad, False)
+    assert engine.sampling == Sampling(1.0, 0, 1.0, 6, engine.sampling.max_length, run.sample.ends, run.sample.pad, False, run.device)
     assert engine.sampling.max_length == 6 + max(len(run.sample.tokens(row)) for row in (*run.rows, *run.held_out))
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     numbers = run.step(0)

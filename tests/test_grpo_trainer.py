@@ -112,9 +112,14 @@ def test_the_models_own_sampling_defaults_do_not_act_but_are_saved(files, tmp_pa
     AutoTokenizer.from_pretrained(files / "model").save_pretrained(tmp_path / "model")
     run = GRPO(settings(files, tmp_path / "run", model=str(tmp_path / "model")))
     assert len(set(run.sample(run.rows[:1] * 20)[1])) > 10
-    run.held_out = []
-    run.finish([], 0.0)
+    run.save()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").generation_config.top_k == 1
+
+
+def test_processes_that_do_not_see_each_other_are_an_error(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="4 processes were launched, but accelerate sees 1"):
+        GRPO(settings(files, tmp_path / "run", cpu=False))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])

@@ -237,6 +237,8 @@ def test_settings_that_change_the_arithmetic_run(files, tmp_path, changes):
     numbers = run.step(0)
     assert numbers["grad_norm"] > 0
     assert "kl" in numbers
+    if changes.get("gradient_checkpointing"):
+        assert all(m.gradient_checkpointing and m.training for m in (run.model.model.layers[0], run.critic.model.model.layers[0]))
     assert (run.critic is None) == (changes.get("baseline") == "none") == ("value_loss" not in numbers)
 
 
@@ -333,7 +335,7 @@ def test_critics_that_cannot_be_used_are_named(files, tmp_path):
         (["--baseline", "none", "--truncated", "bootstrap"], "--truncated: without a critic there is no value to bootstrap from"),
         (["--value-clip", "-1"], "--value-clip: must be above 0, got -1.0"),
         (["--loss", "grpo"], "--loss: expected one of ppo, "),
-        (["--prompts-per-step", "3", "--minibatches", "2"], "--minibatches: 3 prompts x 1 samples in 1 processes do not divide into 2 minibatches"),
+        (["--prompts-per-step", "3", "--minibatches", "4"], "--minibatches: 3 prompts x 1 samples in 1 processes are too few for 4 minibatches"),
         (["--reward", "a:b"], "model and data must be given too"),
     ],
 )

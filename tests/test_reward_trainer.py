@@ -101,7 +101,10 @@ def test_micro_batches_change_nothing(files, tmp_path, data):
 
 def test_settings_that_change_the_arithmetic_run(files, tmp_path):
     for name, changes in (("a", {"mixed_precision": "bf16", "gradient_checkpointing": True}), ("b", {"dtype": "bfloat16"})):
-        assert RewardRun(settings(files, tmp_path / name, **changes)).step(0)["grad_norm"] > 0
+        run = RewardRun(settings(files, tmp_path / name, **changes))
+        assert run.step(0)["grad_norm"] > 0
+        layer = run.model.model.layers[0]
+        assert (layer.gradient_checkpointing and layer.training) == ("gradient_checkpointing" in changes)
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -136,7 +139,7 @@ def test_the_files_of_a_run_and_the_reward_that_it_is(files, tmp_path):
 def test_a_reward_model_that_gives_nan_is_named(files, tmp_path):
     run = RewardRun(settings(files, tmp_path / "run"))
     run.model.score.weight.data.fill_(torch.nan)
-    run.save([])
+    run.save()
     loaded = load_rewards([f"{tmp_path}/run/model"], [])[0]
     with pytest.raises(InputError, match=r"reward '.*/run/model' gave nan for the completion '3' of f:1; expected a finite number"):
         score(loaded, [Row("f:1", "What is 1 + 2?", {})], ["3"])

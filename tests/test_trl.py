@@ -1,6 +1,7 @@
 """TRL's trainers with rlkern: the same losses, metrics and gradients for every option, the same training runs; and what is refused."""
 
 import contextlib
+import copy
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -457,40 +458,22 @@ def test_more_exact_in_bfloat16():
         assert theirs > 1e-2, name
 
 
-def test_sharded_by_fsdp2(tmp_path):
-    """A head that FSDP2 shards is gathered, and gets its gradient back."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        runs = []
-        for enabled in (False, True):
-            torch.manual_seed(0)
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=44, **LLAMA))
-            trl_utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
-            if enabled:
-                ours.Enabled(SimpleNamespace(model=model, args=SimpleNamespace(temperature=0.8)), fuse_loss=False)
-            for part in (*model.model.layers, model.lm_head, model) if enabled else ():
-                distributed.fsdp.fully_shard(part, mesh=mesh)
-            ids = torch.arange(20).reshape(2, 10)
-            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
-            (out.log_probs.sum() + out.entropy.square().sum()).backward()
-            runs.append((out.log_probs, {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters()}))
-    finally:
-        distributed.destroy_process_group()
-    assert_accurate(runs[1][0], runs[0][0], eps=1e-5)
-    for name, expected in runs[0][1].items():
-        assert_accurate(runs[1][1][name], expected, eps=1e-5)
-
-
-def _data_parallel(rank, world, find_unused):
-    """(gradients of the fused loss of this rank's rows under DDP, those of the mean of both ranks' losses)."""
+def _data_parallel(rank, world, how):
+    """(gradients of the fused loss of this rank's rows under ``how``, those of the mean of both ranks' losses)."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=44, **LLAMA))
-    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    ours.Enabled(SimpleNamespace(model=model, args=SimpleNamespace(temperature=1.0)), fuse_loss=False)
-    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
     ids, advantages = torch.randint(3, 44, (world, 3, 10)), torch.randn(world, 3)
+    whole = copy.deepcopy(model)
+    for m in (model, whole):
+        trl_utils.add_fused_lm_head(m, outputs=("log_probs", "entropy"))
+        ours.Enabled(SimpleNamespace(model=m, args=SimpleNamespace(temperature=1.0)), fuse_loss=False)
+    parallel = model
+    if how == "FSDP2":
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+        for part in (*model.model.layers, model.lm_head, model):
+            torch.distributed.fsdp.fully_shard(part, mesh=mesh)
+    else:
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=how == "DDP that finds unused parameters")
 
     def loss(module, i):
         objective = {"old_logprobs": None, "advantages": advantages[i], "mask": torch.ones(3, 6), "config": rk.PolicyLossConfig.grpo()}
@@ -498,14 +481,14 @@ def _data_parallel(rank, world, find_unused):
         return module(input_ids=ids[i], **options, rlkern_objective=objective).loss
 
     loss(parallel, rank).backward()
-    mine = [p.grad.clone() for p in model.parameters()]
-    return mine, torch.autograd.grad(sum(loss(model, i) for i in range(world)) / world, list(model.parameters()))
+    mine = [getattr(p.grad, "full_tensor", p.grad.clone)() for p in model.parameters()]
+    return mine, torch.autograd.grad(sum(loss(whole, i) for i in range(world)) / world, list(whole.parameters()))
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_data_parallel(find_unused):
-    """DDP's hooks see a loss that is made inside the model's forward."""
-    for mine, expected in on_ranks(2, _data_parallel, find_unused):
+@pytest.mark.parametrize("how", ["DDP", "DDP that finds unused parameters", "FSDP2"])
+def test_data_parallel(how):
+    """The hooks of DDP and FSDP2 see a loss that is made inside the model's forward; a head that FSDP2 shards gets the gradient of all ranks."""
+    for mine, expected in on_ranks(2, _data_parallel, how):
         for x, y in zip(mine, expected, strict=True):
             assert_accurate(x, y, eps=1e-6)
 

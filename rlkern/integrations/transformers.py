@@ -63,6 +63,7 @@ class LastHidden(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # by which accelerate finds the layers to shard
 
     def forward(self, **inputs: Any) -> Tensor:
         """The last hidden states for the arguments of the model's own forward."""

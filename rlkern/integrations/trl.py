@@ -164,7 +164,7 @@ class Enabled:
             precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
             if getattr(args, "cast_lm_head_to_fp32", False):
                 precision = torch.float32
-            weight, bias = (None if x is None else _whole(x).to(precision) for x in (head.weight, head.bias))
+            weight, bias = (None if x is None else rk.gather_parameter(x.to(precision)) for x in (head.weight, head.bias))
             scored = {**head._asdict(), "weight": weight, "bias": bias, "temperature": args.temperature}
             hidden = hidden.to(precision)
             aux_loss = _load_balancing_loss(model, body, options) if options.get("output_router_logits") else None
@@ -298,11 +298,6 @@ def _check_model(model: Any) -> None:
     if hasattr(inner.get_output_embeddings(), "base_layer"):
         raise ValueError("a PEFT adapter on the head (lm_head in target_modules) would be ignored; leave it out")
     head_of(inner)
-
-
-def _whole(parameter: Any) -> Tensor:
-    """A parameter that FSDP2 has sharded, gathered."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _rows(mask: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Sampling:
     ends: list[int]  #: tokens of which each ends a completion
     pad: int
     logprobs: bool  #: whether log-probs are wanted
+    device: torch.device  #: of the process
     batch_size: int | None = None  #: completions sampled at once; None: all
     memory: float = 0.3  #: share of the device's memory for an engine with weights of its own
 
@@ -73,7 +74,7 @@ class Engine(Protocol):
         """The policy's weights as they are now, by their names in it, each whole, one at a time.
 
         Called in all processes before completions are asked for. An engine that wants them reads all, in every process, since a sharded weight is
-        gathered when it is read; one that samples from the policy itself leaves them unread.
+        gathered when it is read; one that samples from the policy itself leaves them unread, and a sharded policy is then gathered for it.
         """
         ...
 
@@ -90,7 +91,7 @@ class Generate:
         """Samples from the policy itself."""
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
-        ids, mask = pad_left(prompts, self.sampling.pad, self.model.device)
+        ids, mask = pad_left(prompts, self.sampling.pad, self.sampling.device)
         size = self.sampling.batch_size or len(prompts)
         return [sample for part in zip(ids.split(size), mask.split(size), strict=True) for sample in self._batch(*part)]
 
@@ -172,7 +173,7 @@ class Continuous:
 
 
 def load_engine(spec: str, model: Any, sampling: Sampling) -> Engine:
-    """The engine that the setting ``engine`` names. ``model``: the policy, on its device."""
+    """The engine that the setting ``engine`` names. ``model``: the policy; if sharded, it has weights only while completions are asked for."""
     from rlkern.trainers.vllm_engines import VLLM, VLLMServer
 
     named: dict[str, Callable[..., Engine]] = {"generate": Generate, "continuous": Continuous, "vllm": VLLM}

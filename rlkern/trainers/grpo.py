@@ -9,8 +9,8 @@ states, so that training builds no logits. Any preset of ``rk.PolicyLossConfig``
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: sharded models (FSDP, DeepSpeed; data parallelism works), LoRA, tools and several turns, asynchronous rollouts. What
-samples is behind the seam in engines.py; where it is not quite the policy, importance weights correct for it (``rollout_correction``).
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, tools and several turns, asynchronous rollouts. What samples is
+behind the seam in engines.py; where it is not quite the policy, importance weights correct for it (``rollout_correction``).
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class GRPO(PolicyRun):
             judge = load_rewards(args.judge, kinds, device=self.device, field="judge")
             self.online = OnlineRewardModel(learners[0], judge, learning_rate=args.judge_learning_rate, replay=args.judge_replay)
         if args.refresh_every:
+            if self.sharded:
+                raise InputError(
+                    "must be 0 where FSDP shards the models: what a round refreshes would be no part of a checkpoint", field="refresh_every"
+                )
             self.accelerator.register_for_checkpointing(*(state for state in (self.reference, self.online) if state is not None))
         self.keep_settings()
 
@@ -158,9 +162,8 @@ class GRPO(PolicyRun):
         # 4. A few clipped gradient steps on the batch.
         losses, norms, sums = [], [], []
         for _ in range(args.epochs):
-            for minibatch in torch.randperm(len(rows)).to(self.device).chunk(args.minibatches):
-                normalizer = self.normalizer(lengths[minibatch], config.aggregation)
-                parts = minibatch.split(args.micro_batch_size or len(rows))
+            for parts in self.minibatches(len(rows)):
+                normalizer = self.normalizer(lengths[torch.cat(parts)], config.aggregation)
                 for part in parts:
                     with nullcontext() if part is parts[-1] else accelerator.no_sync(self.policy):
                         out = rk.fused_linear_policy_loss(
@@ -178,11 +181,10 @@ class GRPO(PolicyRun):
                 norms.append(self.descend(self.policy, self.optimizer))
 
         # 5. Report.
-        spread = rewards.view(self.prompts_here, -1).std(1)
+        spread = rewards.view(-1, args.samples_per_prompt).std(1)
         own |= {"reward_std": spread.mean(), "equal_groups": (spread == 0).float().mean(), "completion_tokens": lengths.float().mean()}
-        means = accelerator.reduce(torch.stack(list(own.values())), "mean")
         totals = accelerator.reduce(torch.cat([torch.stack(sums).sum(0), torch.stack([torch.stack(losses).sum(), lengths.sum()])]), "sum").tolist()
-        numbers = dict(zip(own, means.tolist(), strict=True))
+        numbers = self.means(own, self.weight)
         numbers |= {name: total / (totals[-1] * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]

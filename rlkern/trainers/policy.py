@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import rlkern as rk
@@ -19,8 +19,9 @@ from rlkern.trainers.data import Row, batch_at, read_jsonl, split
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.rewards import Reward, load_rewards, total
 from rlkern.trainers.rollout import Completions, Sampler, load_model, load_tokenizer
-from rlkern.trainers.runs import Run, plot_curve, seed_all
+from rlkern.trainers.runs import Run, passes, plot_curve, seed_all
 from rlkern.trainers.settings import PolicyArguments
+from rlkern.trainers.sharding import Shell, shard_frozen, whole_weights
 
 
 class PolicyRun(Run):
@@ -32,10 +33,15 @@ class PolicyRun(Run):
     def __init__(self, args: PolicyArguments):
         super().__init__(args)
         self.everyone = torch.distributed.group.WORLD if self.world > 1 else None
-        self.prompts_here, rest = divmod(args.prompts_per_step, self.world)
-        if rest or self.prompts_here * args.samples_per_prompt % args.minibatches:
+        self.share = self.share_of(args.prompts_per_step)
+        self.weight = (self.share.stop - self.share.start) / args.prompts_per_step
+        # All processes make as many passes through the models, which are collective; none may be empty.
+        each, most = (n * args.samples_per_prompt for n in (args.prompts_per_step // self.world, -(-args.prompts_per_step // self.world)))
+        self.most = -(-most // args.minibatches)  # completions in a minibatch here
+        if each // args.minibatches < len(passes(0, args.micro_batch_size, self.most)):
             sizes = f"{args.prompts_per_step} prompts x {args.samples_per_prompt} samples in {self.world} processes"
-            raise InputError(f"{sizes} do not divide into {args.minibatches} minibatches", field="minibatches")
+            of = "" if args.micro_batch_size is None else f", in passes of {args.micro_batch_size}"
+            raise InputError(f"{sizes} are too few for {args.minibatches} minibatches a process{of}", field="minibatches")
         if args.model is None:
             task = self.built_in_task()
             args = replace(args, model=f"{task}/model", data=f"{task}/train.jsonl", eval_data=f"{task}/held_out.jsonl", reward=[tutorial.REWARD])
@@ -49,14 +55,18 @@ class PolicyRun(Run):
         self.eval_rewards = load(args.eval_reward, field="eval_reward") or self.rewards
 
         self.model = load_model(args.model, getattr(torch, args.dtype))
-        self.sample = Sampler(self.model, load_tokenizer(args.model), args)
+        self.shell = Shell(self.model, self.device) if self.sharded else None
+        self.sample = Sampler(self.model if self.shell is None else self.shell.model, load_tokenizer(args.model), args, self.device)
         # A prompt that cannot be used is an error now, not in the step that draws it.
         longest = max(len(self.sample.tokens(row)) for row in (*self.rows, *self.held_out))
-        if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.ready(self.model)
         self.reference = None
         if args.kl_coef or args.track_kl:
-            self.reference = LastHidden(load_model(args.model, getattr(torch, args.dtype))).to(self.device).requires_grad_(False)
+            self.reference = LastHidden(load_model(args.model, getattr(torch, args.dtype))).requires_grad_(False)
+            if self.sharded:
+                shard_frozen(self.accelerator, self.reference)
+            else:
+                self.reference.to(self.device)
         optimizer = self.adamw(self.model, args.learning_rate)
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
         self.sample.start(longest)
@@ -68,17 +78,22 @@ class PolicyRun(Run):
     def rollout(self, step: int) -> tuple[list[Row], Completions, list[str]]:
         """This process's share of the prompts of a step, ``samples_per_prompt`` rows each, and a completion of every row."""
         seed_all(self.args.seed, step, self.rank)
-        here = self.prompts_here
-        prompts = batch_at(step, self.args.prompts_per_step, len(self.rows), self.args.seed)[self.rank * here : (self.rank + 1) * here]
+        prompts = batch_at(step, self.args.prompts_per_step, len(self.rows), self.args.seed)[self.share]
         rows = [self.rows[i] for i in prompts for _ in range(self.args.samples_per_prompt)]
-        self.sample.engine.load_weights(self.weights())
-        return rows, *self.sample(rows)
+        with self.sampling():
+            return rows, *self.sample(rows)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights by their names, each made whole when it is read."""
-        for name, weight in self.model.named_parameters():
-            weight = weight.detach()
-            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside this block the engine has the weights as they are: it was given them, or it left them unread, to sample from the policy itself.
+
+        A sharded policy is gathered for that.
+        """
+        whole = ((name, weight.detach()) for name, weight in self.model.named_parameters())
+        weights: Iterator[tuple[str, Tensor]] = whole if self.shell is None else whole_weights(self.model)
+        self.sample.engine.load_weights(weights)
+        with nullcontext() if self.shell is None else self.shell.filled(weights):
+            yield
 
     def inputs(self, batch: Completions) -> dict[str, Any]:
         """What a transformers model takes."""
@@ -100,9 +115,14 @@ class PolicyRun(Run):
     @torch.no_grad()
     def frozen(self, function: Callable[[Completions], Tensor], batch: Completions) -> Tensor:
         """``function`` of the batch without gradients, as many completions at a time as the settings allow."""
-        size = self.args.micro_batch_size or len(batch.ids)
         with self.accelerator.autocast():
-            return torch.cat([function(batch.rows(part)) for part in torch.arange(len(batch.ids), device=self.device).split(size)])
+            parts = passes(len(batch.ids), self.args.micro_batch_size, self.most * self.args.minibatches)
+            return torch.cat([function(batch.rows(part)) for part in parts])
+
+    def minibatches(self, completions: int) -> Iterator[list[Tensor]]:
+        """The minibatches of a pass over this process's completions, in random order: the indices of each in as many parts as it is to be run in."""
+        for indices in torch.randperm(completions).to(self.device).tensor_split(self.args.minibatches):
+            yield [indices[part] for part in passes(len(indices), self.args.micro_batch_size, self.most)]
 
     def frozen_logprobs(self, model: Any, batch: Completions) -> Tensor:
         """Log-probs of the completions' tokens, [N, T], as data."""
@@ -130,12 +150,16 @@ class PolicyRun(Run):
         count = lengths.sum() if aggregation == "token-mean" else torch.tensor(len(lengths), device=self.device)
         return self.accelerator.reduce(count, "sum")
 
-    def descend(self, model: Any, optimizer: Any) -> Tensor:
-        """A step of the optimiser along the gradients at hand; their norm before it was clipped."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
+    def means(self, own: dict[str, Tensor], weight: float | Tensor) -> dict[str, float]:
+        """The means over all processes of their ``own`` numbers, by the ``weight`` of each process."""
+        return dict(zip(own, self.accelerator.reduce(torch.stack([x.float() for x in own.values()]) * weight, "sum").tolist(), strict=True))
+
+    def moments(self, x: Tensor, mask: Tensor) -> tuple[float, float]:
+        """Mean and variance of ``x`` over the mask, in all processes."""
+        x, live = x.double(), mask != 0
+        count, total = self.accelerator.reduce(torch.stack([live.sum(), x.where(live, 0.0).sum()]), "sum").tolist()
+        deviations = (x - total / count).square().where(live, 0.0)
+        return total / count, self.accelerator.reduce(deviations.sum(), "sum").item() / count
 
     def total_rewards(self, rewards: Sequence[Reward], rows: Sequence[Row], texts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum of the rewards of each completion, [N], and the mean of each reward where there are several."""
@@ -148,8 +172,8 @@ class PolicyRun(Run):
         seed_all(self.args.seed, "evaluation", self.rank)
         rows = [row for row in self.held_out[self.rank :: self.world] for _ in range(self.args.eval_samples)]
         size = self.args.prompts_per_step * self.args.samples_per_prompt
-        self.sample.engine.load_weights(self.weights())
-        texts = [text for i in range(0, len(rows), size) for text in self.sample(rows[i : i + size])[1]]
+        with self.sampling():
+            texts = [text for i in range(0, len(rows), size) for text in self.sample(rows[i : i + size])[1]]
         rewards = self.total_rewards(self.eval_rewards, rows, texts)[0]
         right = rewards >= self.args.success_reward
         sums = self.accelerator.reduce(torch.stack([rewards.sum(), right.sum(), torch.ones_like(rewards).sum()]), "sum")
@@ -167,9 +191,10 @@ class PolicyRun(Run):
     def introduction(self) -> str:
         return f"{len(self.rows)} prompts to train on, {len(self.held_out)} held out; {self.model.num_parameters():,} parameters"
 
-    def save(self, rows: list[dict[str, Any]]) -> None:
+    def save(self) -> None:
         self.model.generation_config = self.sample.defaults
-        self.model.save_pretrained(self.directory / "model")
-        self.sample.tokenizer.save_pretrained(self.directory / "model")
+        self.save_pretrained(self.model, self.sample.tokenizer, "model")
+
+    def plot(self, rows: list[dict[str, Any]]) -> None:
         title, own_axis = f"{self.title} ({self.args.loss})", self.eval_rewards is not self.rewards
         plot_curve(rows, self.directory / "reward.png", key="reward", held_out="held_out_reward", label="mean reward", title=title, own_axis=own_axis)

@@ -9,8 +9,8 @@ loss from the last hidden states, so that training builds no logits (``rk.linear
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: sharded models (FSDP, DeepSpeed; data parallelism works), LoRA, a trunk that policy and critic share, tools and several
-turns, asynchronous rollouts. What samples is behind the seam in engines.py; where it is not quite the policy, importance weights correct for it
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, a trunk that policy and critic share, tools and several turns,
+asynchronous rollouts. What samples is behind the seam in engines.py; where it is not quite the policy, importance weights correct for it
 (``rollout_correction``).
 """
 
@@ -84,6 +84,7 @@ class Critic(nn.Module):
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise InputError(f"{name}: {type(model).__name__} has no linear head `score` over its states; expected a decoder", field="critic")
         self.model: Any = model
+        self._no_split_modules = model._no_split_modules  # by which accelerate finds the layers to shard
 
     def forward(self, **inputs: Any) -> Tensor:
         return self.model.score(self.model.base_model(**inputs).last_hidden_state).squeeze(-1).float()
@@ -135,9 +136,7 @@ class PPO(PolicyRun):
         self.critic_optimizer: Any = None
         if args.baseline == "critic":
             model = load_scorer(source, getattr(torch, args.dtype), self.sample.tokenizer, field="critic" if args.critic else "model")
-            if args.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
-            critic = Critic(model, source)
+            critic = Critic(self.ready(model), source)
             optimizer = self.adamw(critic, args.critic_learning_rate or args.learning_rate)
             self.critic, self.critic_optimizer = self.accelerator.prepare(critic, optimizer)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -148,8 +147,8 @@ class PPO(PolicyRun):
         """The critic's value of the state before each token of the completions, and of that after the last: [N, T + 1]."""
         return self.critic(**self.inputs(batch))[:, -batch.mask.shape[1] - 1 :]
 
-    def experience(self, batch: Completions, rewards: Tensor) -> tuple[Experience, dict[str, Tensor]]:
-        """Log-probs, values, rewards per token and advantages of what was sampled; and what is to be reported of them, means over the processes."""
+    def experience(self, batch: Completions, rewards: Tensor) -> tuple[Experience, Tensor]:
+        """Log-probs, values, rewards per token and advantages of what was sampled; and the KL divergence from the initial model, [N, T]."""
         args, mask = self.args, batch.mask
         old = self.frozen_logprobs(self.policy, batch)
         ref = self.frozen_logprobs(self.reference, batch) if self.reference is not None else old
@@ -169,12 +168,7 @@ class PPO(PolicyRun):
         if args.whiten:
             advantages = rk.whiten(advantages, mask, process_group=self.everyone)
 
-        kl = rk.kl_penalty(old, ref, args.kl_estimator, mask=mask).sum() / mask.sum()
-        fit = rk.value_loss(values, None, returns, mask=mask).metrics
-        report = {"return": fit["return_mean"], "truncated": (~ended).float().mean()}
-        report |= {} if self.reference is None else {"kl": kl}
-        report |= {} if self.critic is None else {"explained_variance": fit["explained_variance"]}
-        return Experience(batch, old, values, advantages, returns), report
+        return Experience(batch, old, values, advantages, returns), rk.kl_penalty(old, ref, args.kl_estimator, mask=mask)
 
     def losses(self, now: Experience, tokens: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradients of the policy's and the critic's loss to theirs; both losses, and metrics summed over the tokens."""
@@ -212,7 +206,7 @@ class PPO(PolicyRun):
         lengths = batch.mask.sum(1)
 
         # 2. Compare each token with what the critic expected.
-        experience, report = self.experience(batch, rewards)
+        experience, kl = self.experience(batch, rewards)
         weights, mismatch = self.mismatch(batch, experience.old)
         experience = experience._replace(weights=weights)
 
@@ -221,10 +215,9 @@ class PPO(PolicyRun):
         sums: list[Tensor] = []
         norms: dict[str, list[Tensor]] = {name: [] for name in trained}
         for _ in range(args.epochs):
-            for minibatch in torch.randperm(len(rows)).to(self.device).chunk(args.minibatches):
-                tokens = self.normalizer(lengths[minibatch], "token-mean")
-                normalizer = self.normalizer(lengths[minibatch], args.loss_config().aggregation)
-                parts = minibatch.split(args.micro_batch_size or len(rows))
+            for parts in self.minibatches(len(rows)):
+                tokens = self.normalizer(lengths[torch.cat(parts)], "token-mean")
+                normalizer = self.normalizer(lengths[torch.cat(parts)], args.loss_config().aggregation)
                 for part in parts:
                     with ExitStack() as stack:
                         for model, _, _ in trained.values() if part is not parts[-1] else ():
@@ -236,9 +229,16 @@ class PPO(PolicyRun):
                     norms[name].append(self.descend(model, optimizer))
 
         # 4. Report.
-        own = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "completion_tokens": lengths.float().mean(), **report}
+        truncated = (~self.sample.ended(batch)).float().mean()
+        own = {"reward": rewards.mean(), "completion_tokens": lengths.float().mean(), "truncated": truncated}
         own |= {name: rewards.new_tensor(mean) for name, mean in each.items()}
-        numbers = dict(zip(own, accelerator.reduce(torch.stack([x.float() for x in own.values()]), "mean").tolist(), strict=True))
+        numbers = self.means(own, self.weight) | {"reward_std": self.moments(rewards, torch.ones_like(rewards))[1] ** 0.5}
+        numbers["return"], spread = self.moments(experience.returns, batch.mask)
+        if self.critic is not None:
+            unexplained = self.moments(experience.returns - experience.values, batch.mask)[1]
+            numbers["explained_variance"] = 1 - unexplained / spread if spread > 0 else 0.0
+        if self.reference is not None:
+            numbers["kl"] = self.moments(kl, batch.mask)[0]
         updates = args.epochs * args.minibatches
         totals = accelerator.reduce(torch.stack(sums).sum(0) / accelerator.reduce(lengths.sum() * args.epochs, "sum"), "sum").tolist()
         numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
@@ -251,12 +251,10 @@ class PPO(PolicyRun):
             tqdm.write(f"step {step + 1}: every completion was cut off at max_new_tokens, so that no reward was learned from")
         return numbers
 
-    def save(self, rows: list[dict[str, Any]]) -> None:
-        super().save(rows)
+    def save(self) -> None:
+        super().save()
         if self.critic is not None:
-            critic = self.accelerator.unwrap_model(self.critic).model
-            critic.save_pretrained(self.directory / "critic")
-            self.sample.tokenizer.save_pretrained(self.directory / "critic")
+            self.save_pretrained(self.accelerator.unwrap_model(self.critic).model, self.sample.tokenizer, "critic")
 
 
 def train(args: PPOArguments) -> dict[str, Any]:

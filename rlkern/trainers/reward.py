@@ -8,7 +8,7 @@ The losses are rlkern's: ``rk.preference_loss`` and ``rk.ranking_loss``. The res
 The algorithm is in this file; what other trainers need too stands beside it: data in data.py, scoring in rollout.py, the loop over the steps with its
 log and its checkpoints in runs.py.
 
-Left out, to keep it readable: sharded models (FSDP, DeepSpeed; data parallelism works), LoRA, packing of answers.
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, packing of answers.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class RewardRun(runs.Run):
 
     def __init__(self, args: RewardArguments):
         super().__init__(args)
-        self.here, rest = divmod(args.prompts_per_step, self.world)
-        if rest:
-            raise InputError(f"{args.prompts_per_step} prompts do not divide among {self.world} processes", field="prompts_per_step")
+        self.share = self.share_of(args.prompts_per_step)
         if args.model is None:
             task = self.built_in_task()
             files = {"data": f"{task}/preferences.jsonl", "eval_data": f"{task}/held_out_preferences.jsonl"}
@@ -79,8 +77,7 @@ class RewardRun(runs.Run):
             for answer, tokens in zip(row.answers, self.tokens[row.place], strict=True):
                 if longest is not None and len(tokens) > longest:
                     raise InputError(f"{row.place}: prompt and answer {answer[:30]!r} are {len(tokens)} tokens, more than the model's {longest}")
-        if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.ready(self.model)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
         self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.keep_settings()
@@ -92,10 +89,10 @@ class RewardRun(runs.Run):
             return rk.ranking_loss(score)
         return rk.preference_loss(*score.unbind(1), margin=torch.tensor([row.margin for row in rows], device=self.device))
 
-    def parts(self, rows: Sequence[Preference]) -> list[Sequence[Preference]]:
-        """The rows in pieces of at most ``micro_batch_size`` answers, but whole rows."""
-        size = max(1, (self.args.micro_batch_size or len(rows) * len(rows[0].answers)) // len(rows[0].answers))
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    def parts(self, rows: Sequence[Preference], total: int) -> list[Sequence[Preference]]:
+        """This process's rows of so many in all, in pieces of at most ``micro_batch_size`` answers, but whole rows; as many in every process."""
+        answers, size = len(self.rows[0].answers), self.args.micro_batch_size
+        return [rows[part] for part in runs.passes(len(rows), None if size is None else max(1, size // answers), -(-total // self.world))]
 
     def step(self, step: int) -> dict[str, float]:
         args, accelerator = self.args, self.accelerator
@@ -105,33 +102,31 @@ class RewardRun(runs.Run):
             group["lr"] = learning_rate
 
         # 1. Draw prompts with their answers; every process takes its share.
-        batch = batch_at(step, args.prompts_per_step, len(self.rows), args.seed)[self.rank * self.here : (self.rank + 1) * self.here]
-        parts = self.parts([self.rows[i] for i in batch])
+        total = args.prompts_per_step
+        parts = self.parts([self.rows[i] for i in batch_at(step, total, len(self.rows), args.seed)[self.share]], total)
 
-        # 2. One gradient step. A part counts by its rows: how a batch is split, for the sake of memory, changes nothing.
+        # 2. One gradient step. A part counts by its rows: how a batch is split, for the sake of memory or among processes, changes nothing.
         sums: list[Tensor] = []
         for part in parts:
             with nullcontext() if part is parts[-1] else accelerator.no_sync(self.scorer):
-                out = self.loss(part)
-                accelerator.backward(out.loss * len(part) / self.here)
-            sums.append(torch.stack([out.loss.detach(), out.metrics["accuracy"], out.metrics["margin"]]) * len(part) / self.here)
-        norm = accelerator.clip_grad_norm_(self.scorer.parameters(), args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+                out = self.loss(part or self.rows[:1])  # a process that has none left takes part in the pass all the same
+                accelerator.backward(out.loss * (len(part) * self.world / total))  # data parallelism averages the processes' gradients
+            sums.append(torch.stack([out.loss.detach(), out.metrics["accuracy"], out.metrics["margin"]]) * (len(part) / total))
+        norm = self.descend(self.scorer, self.optimizer)
 
         # 3. Report.
-        loss, accuracy, margin = accelerator.reduce(torch.stack(sums).sum(0), "mean").tolist()
+        loss, accuracy, margin = accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist()
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": float(norm), "learning_rate": learning_rate}
 
     @torch.no_grad()
     def evaluate(self, title: str) -> dict[str, float]:
         if not self.held_out:
             return {}
-        rows = self.held_out[self.rank :: self.world]
-        sums = torch.zeros(3, device=self.device)
-        for i in range(0, len(rows), self.args.prompts_per_step):
-            for part in self.parts(rows[i : i + self.args.prompts_per_step]):
-                out = self.loss(part)
+        sums, size = torch.zeros(3, device=self.device), self.args.prompts_per_step
+        for i in range(0, len(self.held_out), size):
+            rows = self.held_out[i : i + size]
+            for part in self.parts(rows[self.share_of(len(rows))], len(rows)):
+                out = self.loss(part or rows[:1])
                 sums += torch.stack([out.metrics["accuracy"], out.metrics["margin"], out.loss.new_ones(())]) * len(part)
         accuracy, margin, count = self.accelerator.reduce(sums, "sum").tolist()
         figures = {"accuracy": accuracy / count, "margin": margin / count}
@@ -147,9 +142,10 @@ class RewardRun(runs.Run):
         counts = f"{len(self.rows)} preferences to train on, {len(self.held_out)} held out"
         return f"{counts}, {len(self.rows[0].answers)} answers each; {self.model.num_parameters():,} parameters"
 
-    def save(self, rows: list[dict[str, Any]]) -> None:
-        self.model.save_pretrained(self.directory / "model")
-        self.tokenizer.save_pretrained(self.directory / "model")
+    def save(self) -> None:
+        self.save_pretrained(self.model, self.tokenizer, "model")
+
+    def plot(self, rows: list[dict[str, Any]]) -> None:
         label = "share of pairs in the right order"
         runs.plot_curve(rows, self.directory / "accuracy.png", key="accuracy", held_out="held_out_accuracy", label=label, title="Reward model")
 

@@ -40,8 +40,8 @@ class Sampler:
     sampling: Sampling
     engine: Engine
 
-    def __init__(self, model: Any, tokenizer: Any, args: PolicyArguments):
-        self.model, self.tokenizer, self.args, self.max_new_tokens = model, tokenizer, args, args.max_new_tokens
+    def __init__(self, model: Any, tokenizer: Any, args: PolicyArguments, device: torch.device):
+        self.model, self.tokenizer, self.args, self.device, self.max_new_tokens = model, tokenizer, args, device, args.max_new_tokens
         self.defaults = model.generation_config
         ends = self.defaults.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -51,7 +51,7 @@ class Sampler:
         self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def start(self, longest: int) -> None:
-        """Make the engine, for prompts of at most that many tokens. The model is on its device by now."""
+        """Make the engine, for prompts of at most that many tokens. Whatever else is to live on the device is there by now."""
         args = self.args
         self.sampling = Sampling(
             temperature=args.temperature,
@@ -64,6 +64,7 @@ class Sampler:
             logprobs=args.rollout_correction != "none" or args.track_mismatch,
             batch_size=args.rollout_batch_size,
             memory=args.engine_memory,
+            device=self.device,
         )
         self.model.generation_config = self.sampling.generation_config()
         self.engine = load_engine(args.engine, self.model, self.sampling)
@@ -101,7 +102,7 @@ class Sampler:
         samples = self.engine.sample(prompts)
         self.model.train()
         self._check(samples, len(prompts))
-        ids, prompt_mask = pad_left(prompts, self.pad, self.model.device)
+        ids, prompt_mask = pad_left(prompts, self.pad, self.device)
         longest = max(len(tokens) for tokens, _ in samples)
         new = torch.tensor([tokens + [self.pad] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
         logprobs = None

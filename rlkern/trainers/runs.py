@@ -26,8 +26,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -35,6 +38,7 @@ from rlkern.trainers import tutorial
 from rlkern.trainers.arguments import parse
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import RunArguments
+from rlkern.trainers.sharding import shards_models, whole_state
 
 # Settings that a resumed run may change: its numbers do not depend on them.
 FREE = {"output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
@@ -80,6 +84,15 @@ def store_settings(directory: Path, settings: dict[str, Any], *, free: set[str])
     write_json(directory / "settings.json", settings)
 
 
+def passes(count: int, size: int | None, most: int) -> list[slice]:
+    """``count`` things in as many passes, of ``size`` of them at most, as the process with ``most`` of them makes: all take part in each.
+
+    Where that is a good deal more than ``count``, some are empty.
+    """
+    parts = 1 if size is None else -(-most // size)
+    return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
 class Checkpoints:
     """``step-<n>`` directories; each appears whole or not at all, since it is written under another name and then renamed."""
 
@@ -111,6 +124,10 @@ class Checkpoints:
         complete = self._complete()
         if not complete:
             return 0
+        sharded = any(complete[-1].glob("pytorch_model_fsdp*"))
+        if sharded != self.accelerator.is_fsdp2:
+            was, now = ("with FSDP", "without") if sharded else ("without FSDP", "with it")
+            raise InputError(f"{complete[-1]} was written {was}, and cannot be resumed {now}", field="resume")
         self.accelerator.load_state(str(complete[-1]))
         return int(complete[-1].name.removeprefix("step-"))
 
@@ -201,11 +218,46 @@ class Run(ABC):
     def __init__(self, args: RunArguments):
         self.args = args
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+        self.sharded = shards_models(self.accelerator)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        self.directory = Path(broadcast_object_list([str(run_directory(args.output_dir, name=self.name, resume=args.resume))])[0])
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world != launched:
+            raise InputError(f"{launched} processes were launched, but accelerate sees {self.world}; without GPUs, set cpu", field="cpu")
+        self.directory = self._directory()
         self.warm_up: dict[str, Any] | None = None
         self._settings = asdict(args)
         self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
+
+    def _directory(self) -> Path:
+        """Where the run lives, as the first process finds the disk, before any has written there."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [run_directory(self.args.output_dir, name=self.name, resume=self.args.resume)]
+            except InputError as error:
+                found = [error]
+        (where,) = broadcast_object_list(found)
+        if isinstance(where, InputError):
+            raise where
+        return where
+
+    def ready(self, model: Any) -> Any:
+        """A model made ready to be trained as the settings have it; it has no dropout."""
+        if self.args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.train()  # without which there is no checkpointing
+
+    def share_of(self, count: int) -> slice:
+        """Which of ``count`` things are this process's: as many as any other's, or one more or less."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def descend(self, model: Any, optimizer: Any) -> Tensor:
+        """A step of the optimiser along the gradients at hand; their norm before it was clipped."""
+        self.accelerator.unscale_gradients(optimizer)  # accelerate's own clipping, under FSDP, takes one model only
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def built_in_task(self) -> Path:
         """Make the built-in task, files like a user's own, and give their directory."""
@@ -229,8 +281,19 @@ class Run(ABC):
         """The held-out figures, named ``held_out_...``, with the same random numbers each time; nothing where nothing is held out."""
 
     @abstractmethod
-    def save(self, rows: list[dict[str, Any]]) -> None:
-        """Save the model for ``from_pretrained`` and draw the curve of the log's ``rows``."""
+    def save(self) -> None:
+        """Save what was trained; in all processes."""
+
+    def save_pretrained(self, model: Any, tokenizer: Any, name: str) -> None:
+        """Save a model and its tokenizer for ``from_pretrained``; in all processes, of which one writes."""
+        state = whole_state(model) if self.sharded else None
+        if self.accelerator.is_main_process:
+            model.save_pretrained(self.directory / name, state_dict=state)
+            tokenizer.save_pretrained(self.directory / name)
+
+    @abstractmethod
+    def plot(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the curve of the log's ``rows``."""
 
     @abstractmethod
     def introduction(self) -> str:
@@ -242,8 +305,8 @@ class Run(ABC):
         """Held-out figures (without ``held_out_``) in a few words."""
 
     def finish(self, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-        """Save the result and sum the run up."""
-        self.save(rows)
+        """Draw the curve and sum the run up."""
+        self.plot(rows)
         summary: dict[str, Any] = {"directory": str(self.directory), "steps": self._settings["steps"], "seconds": round(seconds, 1)}
         summary["warm_up"] = self.warm_up
         for when, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
@@ -285,6 +348,7 @@ def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
         if args.save_every and (done == args.steps or done % args.save_every == 0):
             checkpoints.save(done)
     metrics.close()
+    run.save()
     return run.finish(metrics.rows, time.perf_counter() - started) if main else {}
 
 

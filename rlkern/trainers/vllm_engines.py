@@ -75,7 +75,7 @@ class VLLMServer:
             self.client = VLLMClient(url)
             mode = self.client.get_server_info()["model_config"]["logprobs_mode"]
             if self.first:
-                self.client.init_communicator(device=model.device)
+                self.client.init_communicator(device=sampling.device)
         except (ImportError, ConnectionError, RuntimeError) as error:
             raise InputError(f"{url}: {error}", field="engine") from error
         require_comparable(mode, sampling)

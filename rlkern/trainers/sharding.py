@@ -1,0 +1,85 @@
+"""Models that FSDP2 divides among the processes: which of them the trainers take, and their weights whole, to sample from and to save."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+
+from rlkern.trainers.errors import InputError
+
+
+def shards_models(accelerator: Accelerator) -> bool:
+    """Whether models are divided among the processes. InputError for ways of dividing them that the trainers do not know."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        name = "FSDP version 1" if kind == DistributedType.FSDP else kind.value
+        raise InputError(f"accelerate was launched with {name}, which the trainers do not support; there are data parallelism and FSDP version 2")
+    if not accelerator.is_fsdp2:
+        return False
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.cpu_ram_efficient_loading:
+        raise InputError("fsdp_cpu_ram_efficient_loading must be false: every process loads what it is to shard, and reward models whole")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise InputError("fsdp_offload_params must be false: parameters that stay on the CPU cannot be gathered to sample from")
+    return True
+
+
+def shard_frozen(accelerator: Accelerator, model: nn.Module) -> None:
+    """Divide a model that is not trained like those that accelerate prepares with their optimisers."""
+    fsdp2_prepare_model(accelerator, model)
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter, gathered one after the other; every process has to go through all of them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():
+        yield name, parameter.detach().full_tensor()
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state of a model, gathered, on the CPU of the first process; empty in the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+class Shell:
+    """A model without weights of its own, made before it is divided, to be filled with them while it samples: sampling is then no business of FSDP's,
+    and processes may make as many passes as they need."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+        self.model: Any = copy.deepcopy(model, dict(empty))
+        self._names = dict(self.model.named_parameters())
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter: more than one where weights are tied
+        for module in self.model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                self._places.setdefault(id(p), []).append((module, name))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+    @contextmanager
+    def filled(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
+        """Have these weights inside the block, and none after it."""
+        try:
+            for name, value in weights:
+                self._put(self._names[name], nn.Parameter(value, requires_grad=False))
+            yield
+        finally:
+            for empty in self._names.values():
+                self._put(empty, empty)
+
+    def _put(self, of: nn.Parameter, value: nn.Parameter) -> None:
+        for module, name in self._places[id(of)]:
+            setattr(module, name, value)
