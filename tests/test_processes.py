@@ -29,6 +29,7 @@ REWARDS = """
 def sevens(completions, **fields):
     return [completion.count("7") / 4 for completion in completions]
 """
+CORRECTED = {"engine": "own_engines:Hotter", "rollout_correction": "mask", "correction_level": "sequence", "correction_high": 1.05}
 TRAINERS: dict[str, Any] = {"grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO), "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO)}
 TRAINERS["reward"] = reward.RewardArguments, reward.train, reward.RewardRun
 SAMPLING = ["grpo", "ppo"]
@@ -137,8 +138,8 @@ def assert_same_numbers(one: list[dict[str, Any]], other: list[dict[str, Any]]) 
 @pytest.mark.parametrize("kind", SAMPLING)
 @pytest.mark.parametrize(
     ("worlds", "changes"),
-    [((2,), {}), ((2,), {"micro_batch_size": 4}), ((3,), {"micro_batch_size": 2})],
-    ids=["whole", "micro-batches", "uneven shares in micro-batches"],
+    [((2,), {}), ((2,), {"micro_batch_size": 4}), ((3,), {"micro_batch_size": 2}), ((3,), CORRECTED)],
+    ids=["whole", "micro-batches", "uneven shares in micro-batches", "another engine, corrected for"],
 )
 def test_numbers_do_not_depend_on_the_processes(kind, worlds, changes, files, tmp_path):
     one = run(1, kind, files, tmp_path / "1", **changes)
@@ -157,6 +158,16 @@ def test_fsdp2(kind, files, tmp_path):
         assert weights.keys() == others.keys()
         for name in weights:
             torch.testing.assert_close(weights[name], others[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["continuous", "own_engines:Copy"])
+def test_engines_under_fsdp2(engine, files, tmp_path):
+    """The policy gathered, to sample from it; its weights given to an engine that has its own."""
+    changes = {"steps": 3, "engine": engine, "rollout_correction": "truncate"}
+    sharded = run(2, "grpo", files, tmp_path / "2", fsdp=True, **changes)
+    assert all(row["mismatch_ratio_max"] == pytest.approx(1, abs=1e-4) for row in sharded[1:])
+    if engine != "continuous":  # which adds the number of the process to the seed
+        assert_same_numbers(run(1, "grpo", files, tmp_path / "1", **changes), sharded)
 
 
 @pytest.mark.parametrize("changes", [{"prompts_per_step": 5, "micro_batch_size": 2}, {"prompts_per_step": 2}], ids=["uneven", "fewer than processes"])

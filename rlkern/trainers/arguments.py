@@ -50,7 +50,7 @@ def _kinds(cls: type) -> dict[str, _Kind]:
 
 def _convert(kind: _Kind, choices: Sequence[str] | None, value: Any) -> Any:
     """``value`` as the field wants it. YAML reads 1e-5 as text, so text is converted too. ValueError where it does not fit."""
-    if value is None and kind.optional:
+    if kind.optional and (value is None or (value == "none" and kind.base is not str)):
         return None
     if kind.many:
         one = kind._replace(many=False, optional=False)

@@ -9,8 +9,8 @@ states, so that training builds no logits. Any preset of ``rk.PolicyLossConfig``
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: sampling by a separate engine (vLLM, SGLang), DeepSpeed (data parallelism and FSDP2 work), LoRA,
-tools and several turns, asynchronous rollouts.
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, tools and several turns, asynchronous rollouts. What samples is
+behind the seam in engines.py; where it is not quite the policy, importance weights correct for it (``rollout_correction``).
 """
 
 from __future__ import annotations
@@ -152,9 +152,11 @@ class GRPO(PolicyRun):
         if self.process_reward is not None:
             advantages, own["process_reward"] = self.process_advantages(rows, batch, texts)
 
-        # 3. Log-probs of what was sampled: under the policy before it moves (not needed if it moves only once), and under the reference.
+        # 3. Log-probs of what was sampled: under the policy before it moves (if it moves more than once, or the engine's are held against them), and
+        # under the reference.
         updates = args.epochs * args.minibatches
-        old = self.frozen_logprobs(self.policy, batch) if updates > 1 else None
+        old = self.frozen_logprobs(self.policy, batch) if updates > 1 or batch.logprobs is not None else None
+        weights, mismatch = self.mismatch(batch, old)
         ref = self.frozen_logprobs(self.reference, batch) if self.reference is not None else None
 
         # 4. A few clipped gradient steps on the batch.
@@ -169,6 +171,7 @@ class GRPO(PolicyRun):
                             old_logprobs=None if old is None else old[part],
                             advantages=advantages[part],
                             ref_logprobs=None if ref is None else ref[part],
+                            importance_weights=None if weights is None else weights[part],
                             normalizer=normalizer,
                             config=config,
                         )
@@ -185,6 +188,7 @@ class GRPO(PolicyRun):
         numbers |= {name: total / (totals[-1] * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]
+        numbers |= mismatch
         if args.refresh_every and (step + 1) % args.refresh_every == 0:
             numbers |= self.refresh(rows, texts)
         return numbers | {"loss": totals[-2] / updates, "grad_norm": torch.stack(norms).mean().item(), "learning_rate": learning_rate}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -56,17 +56,9 @@ class PolicyRun(Run):
 
         self.model = load_model(args.model, getattr(torch, args.dtype))
         self.shell = Shell(self.model, self.device) if self.sharded else None
-        self.sample = Sampler(
-            self.model if self.shell is None else self.shell.model,
-            load_tokenizer(args.model),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.rollout_batch_size,
-        )
-        for row in (*self.rows, *self.held_out):
-            self.sample.tokens(row)  # a prompt that cannot be used is an error now, not in the step that draws it
+        self.sample = Sampler(self.model if self.shell is None else self.shell.model, load_tokenizer(args.model), args, self.device)
+        # A prompt that cannot be used is an error now, not in the step that draws it.
+        longest = max(len(self.sample.tokens(row)) for row in (*self.rows, *self.held_out))
         self.ready(self.model)
         self.reference = None
         if args.kl_coef or args.track_kl:
@@ -77,6 +69,7 @@ class PolicyRun(Run):
                 self.reference.to(self.device)
         optimizer = self.adamw(self.model, args.learning_rate)
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
+        self.sample.start(longest)
 
     def adamw(self, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
         """An optimiser of the model by the settings."""
@@ -90,9 +83,17 @@ class PolicyRun(Run):
         with self.sampling():
             return rows, *self.sample(rows)
 
-    def sampling(self) -> AbstractContextManager[None]:
-        """Inside this block there are weights to sample from: those of a sharded model are gathered for it."""
-        return nullcontext() if self.shell is None else self.shell.filled(whole_weights(self.model))
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside this block the engine has the weights as they are: it was given them, or it left them unread, to sample from the policy itself.
+
+        A sharded policy is gathered for that.
+        """
+        whole = ((name, weight.detach()) for name, weight in self.model.named_parameters())
+        weights: Iterator[tuple[str, Tensor]] = whole if self.shell is None else whole_weights(self.model)
+        self.sample.engine.load_weights(weights)
+        with nullcontext() if self.shell is None else self.shell.filled(weights):
+            yield
 
     def inputs(self, batch: Completions) -> dict[str, Any]:
         """What a transformers model takes."""
@@ -127,6 +128,23 @@ class PolicyRun(Run):
     def frozen_logprobs(self, model: Any, batch: Completions) -> Tensor:
         """Log-probs of the completions' tokens, [N, T], as data."""
         return self.frozen(lambda rows: rk.linear_token_logprobs(**self.scored(model, rows)), batch)
+
+    def mismatch(self, batch: Completions, old: Tensor | None) -> tuple[Tensor | None, dict[str, float]]:
+        """How the engine that sampled differs from the policy, whose log-probs before the step's updates are ``old``.
+
+        Importance weights of the tokens, [N, T], where rollout_correction asks for them; and what to report, over all processes.
+        """
+        args, mask, sampled = self.args, batch.mask, batch.logprobs
+        if sampled is None or old is None:
+            return None, {}
+        weigh = partial(rk.importance_weights, old, sampled, mask=mask, level=args.correction_level)
+        ratio = weigh()
+        weights = weigh(low=args.correction_low, high=args.correction_high, outside="zero" if args.rollout_correction == "mask" else "clamp")
+        kl = rk.kl_penalty(sampled, old, "k3", mask=mask)  # of the engine's distribution from the policy's
+        sums = self.accelerator.reduce(torch.stack([kl.sum(), (weights != ratio).sum(), mask.sum()]), "sum")
+        numbers = dict(zip(("mismatch_kl", "mismatch_outside"), (sums / sums[-1]).tolist(), strict=False))
+        numbers["mismatch_ratio_max"] = self.accelerator.gather(ratio.max()).max().item()
+        return None if args.rollout_correction == "none" else weights, numbers
 
     def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""

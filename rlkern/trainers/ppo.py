@@ -9,8 +9,9 @@ loss from the last hidden states, so that training builds no logits (``rk.linear
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: sampling by a separate engine (vLLM, SGLang), DeepSpeed (data parallelism and FSDP2 work), LoRA, a
-trunk that policy and critic share, tools and several turns, asynchronous rollouts.
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, a trunk that policy and critic share, tools and several turns,
+asynchronous rollouts. What samples is behind the seam in engines.py; where it is not quite the policy, importance weights correct for it
+(``rollout_correction``).
 """
 
 from __future__ import annotations
@@ -111,13 +112,14 @@ class Experience(NamedTuple):
     """What a step learns from: completions, and of each of their tokens [N, T]:"""
 
     batch: Completions
-    old: Tensor  #: log-prob under the policy that sampled it
+    old: Tensor  #: log-prob under the policy, before it moves
     values: Tensor  #: the critic's, of the state before it
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None = None  #: importance weight, with rollout_correction
 
     def rows(self, index: Tensor) -> Experience:
-        return Experience(self.batch.rows(index), self.old[index], self.values[index], self.advantages[index], self.returns[index])
+        return Experience._make([self.batch.rows(index), *(None if x is None else x[index] for x in self[1:])])
 
 
 class PPO(PolicyRun):
@@ -173,6 +175,7 @@ class PPO(PolicyRun):
             **self.scored(self.policy, now.batch),
             old_logprobs=now.old,
             advantages=now.advantages,
+            importance_weights=now.weights,
             normalizer=normalizer,
             config=self.args.loss_config(),
         )
@@ -203,6 +206,8 @@ class PPO(PolicyRun):
 
         # 2. Compare each token with what the critic expected.
         experience, kl = self.experience(batch, rewards)
+        weights, mismatch = self.mismatch(batch, experience.old)
+        experience = experience._replace(weights=weights)
 
         # 3. A few clipped gradient steps, on the policy and on the critic.
         losses: list[Tensor] = []
@@ -238,7 +243,7 @@ class PPO(PolicyRun):
         numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
         numbers |= dict(zip(("loss", "value_loss"), (accelerator.reduce(torch.stack(losses).sum(0), "sum") / updates).tolist(), strict=False))
         numbers |= {name: torch.stack(of).mean().item() for name, of in norms.items()}
-        numbers |= {"kl_coef": self.kl.coef, "learning_rate": args.learning_rate * factor}
+        numbers |= mismatch | {"kl_coef": self.kl.coef, "learning_rate": args.learning_rate * factor}
         if self.reference is not None:
             self.kl.update(numbers["kl"], args.prompts_per_step * args.samples_per_prompt)
         if numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score":

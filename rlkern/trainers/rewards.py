@@ -13,12 +13,8 @@ A reward model, such as ``rlkern reward`` trains, is a directory or a name on th
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +24,7 @@ import torch
 from rlkern.trainers.arguments import nearest
 from rlkern.trainers.data import Row
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.named import describe, load_named
 from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
 
 _CPU = torch.device("cpu")
@@ -76,7 +73,7 @@ def load_rewards(
             raise InputError(f"{spec!r}: the weight must be a number, got {weight_text!r}", field=field)
         function: Callable[..., Any]
         if where and name:
-            function = _load_function(spec, where, name, field)
+            function = load_named(spec, where, name, kind="function", field=field)
         elif name and ":" not in spec and ("/" in name or Path(name).is_dir()):
             function = RewardModel(name, device, field=field, batch_size=batch_size)
         else:
@@ -87,40 +84,6 @@ def load_rewards(
             _check_signature(spec, function, row, field)
         rewards.append(Reward(name, function, weight))
     return rewards
-
-
-def _load_function(spec: str, where: str, name: str, field: str) -> Callable[..., Any]:
-    try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:
-        raise InputError(f"{spec!r}: cannot import {where}: {_describe(error)}", field=field) from error
-    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"{spec!r}: {where} has no function {name!r}{nearest(name, functions)}", field=field)
-    return function
-
-
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # it ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours, as when run as a script
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def _describe(error: BaseException) -> str:
-    """An exception in one line, with the file and line where it was raised."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, (ImportError, OSError)) else ""
-    return f"{type(error).__name__}: {error}{where}".replace("\n", " ")
 
 
 def _check_signature(spec: str, function: Callable[..., Any], row: Row, field: str) -> None:
@@ -144,7 +107,7 @@ def _outputs(reward: Reward, rows: Sequence[Row], completions: Sequence[str], wa
     try:
         result = _call(reward.function, rows, completions)
     except Exception as error:
-        raise InputError(f"reward {reward.name!r} raised {_describe(error)}{_culprit(reward, rows, completions)}") from error
+        raise InputError(f"reward {reward.name!r} raised {describe(error)}{_culprit(reward, rows, completions)}") from error
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
         got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else type(values).__name__

@@ -1,19 +1,22 @@
-"""Models and what they write: loading for training, sampling completions of prompts, and scoring them."""
+"""Models and what they write: loading for training, completions of prompts as an engine samples them, and scoring them."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rlkern.integrations.transformers import unwrap
 from rlkern.trainers.data import Row
+from rlkern.trainers.engines import Engine, Sample, Sampling, load_engine, pad_left
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.settings import PolicyArguments
 
 
 class Completions(NamedTuple):
@@ -22,21 +25,23 @@ class Completions(NamedTuple):
     ids: Tensor  #: [N, P + T]
     attention_mask: Tensor  #: [N, P + T]: 1 on tokens, 0 on padding
     mask: Tensor  #: [N, T]: 1 on the tokens of the completion, its end-of-sequence token included
+    logprobs: Tensor | None = None  #: [N, T], where they were wanted: of these tokens, as the engine that sampled them has them
 
     def rows(self, index: Tensor | slice) -> Completions:
-        return Completions(*(x[index] for x in self))
+        return Completions._make(None if x is None else x[index] for x in self)
 
 
 class Sampler:
-    """Samples completions of a model for rows of data, by the given numbers alone: the model's own sampling defaults are put aside.
+    """Samples completions of a model for rows of data, by the settings alone: the model's own sampling defaults are put aside.
 
-    ``defaults`` are those, to be put back before the model is saved. ``batch_size``: completions sampled at once, None for all.
+    ``defaults`` are those, to be put back before the model is saved.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, temperature: float, top_k: int, top_p: float, max_new_tokens: int, batch_size: int | None = None
-    ):
-        self.model, self.tokenizer, self.max_new_tokens, self.batch_size = model, tokenizer, max_new_tokens, batch_size
+    sampling: Sampling
+    engine: Engine
+
+    def __init__(self, model: Any, tokenizer: Any, args: PolicyArguments, device: torch.device):
+        self.model, self.tokenizer, self.args, self.device, self.max_new_tokens = model, tokenizer, args, device, args.max_new_tokens
         self.defaults = model.generation_config
         ends = self.defaults.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -44,15 +49,25 @@ class Sampler:
         if not self.ends:
             raise InputError("the tokenizer has no end-of-sequence token", field="model")
         self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.ends,
-            pad_token_id=self.pad,
+
+    def start(self, longest: int) -> None:
+        """Make the engine, for prompts of at most that many tokens. Whatever else is to live on the device is there by now."""
+        args = self.args
+        self.sampling = Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            max_length=longest + args.max_new_tokens,
+            ends=self.ends,
+            pad=self.pad,
+            logprobs=args.rollout_correction != "none" or args.track_mismatch,
+            batch_size=args.rollout_batch_size,
+            memory=args.engine_memory,
+            device=self.device,
         )
+        self.model.generation_config = self.sampling.generation_config()
+        self.engine = load_engine(args.engine, self.model, self.sampling)
 
     def tokens(self, row: Row) -> list[int]:
         """The prompt as token ids, short enough for the model to answer it."""
@@ -82,24 +97,33 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> tuple[Completions, list[str]]:
         """One completion for each row, as tokens and as text."""
-        device = self.model.device
         prompts = [self.tokens(row) for row in rows]
-        length = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (length - len(p)) + p for p in prompts], device=device)
-        prompt_mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-        size = self.batch_size or len(rows)
         self.model.eval()  # gradient checkpointing would switch off the cache of keys and values
-        parts = [
-            self.model.generate(input_ids=i, attention_mask=m, generation_config=self.model.generation_config)[:, length:]
-            for i, m in zip(ids.split(size), prompt_mask.split(size), strict=True)
-        ]
+        samples = self.engine.sample(prompts)
         self.model.train()
-        longest = max(part.shape[1] for part in parts)
-        new = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=self.pad) for part in parts])
+        self._check(samples, len(prompts))
+        ids, prompt_mask = pad_left(prompts, self.pad, self.device)
+        longest = max(len(tokens) for tokens, _ in samples)
+        new = torch.tensor([tokens + [self.pad] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
+        logprobs = None
+        if self.sampling.logprobs:
+            logprobs = torch.tensor([each + [0.0] * (longest - len(each)) for _, each in samples if each is not None], device=ids.device)
         is_end = self._is_end(new).long()
         mask = (is_end.cumsum(1) - is_end == 0).long()  # up to the first end, which counts; the padding id may be an end itself
         texts = self.tokenizer.batch_decode(new * mask + self.pad * (1 - mask), skip_special_tokens=True)
-        return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask), texts
+        return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask, logprobs), texts
+
+    def _check(self, samples: Sequence[Sample], count: int) -> None:
+        """InputError where the engine did not keep to the protocol."""
+        if len(samples) != count:
+            raise InputError(f"the engine gave {len(samples)} completions for {count} prompts", field="engine")
+        for tokens, logprobs in samples:
+            end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), self.max_new_tokens)
+            if len(tokens) != end:
+                wanted = f"{self.max_new_tokens} tokens, or up to the first of {self.ends}, included"
+                raise InputError(f"the engine gave the completion {tokens}; expected {wanted}", field="engine")
+            if self.sampling.logprobs and (logprobs is None or len(logprobs) != end or not all(map(math.isfinite, logprobs))):
+                raise InputError(f"the engine gave the log-probs {logprobs} for the tokens {tokens}; expected a finite one for each", field="engine")
 
 
 def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str) -> list[int]:

@@ -89,6 +89,16 @@ class PolicyArguments(RunArguments):
     top_k: int = option(0, "sample from the k likeliest tokens; 0: from all")
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability")
     rollout_batch_size: int | None = option(None, "completions sampled at once by each process; by default all")
+    engine: str = option("generate", "what samples: generate, continuous, vllm, the URL of a vLLM server, module:Class or file.py:Class")
+    engine_memory: float = option(0.3, "share of the GPU's memory for vllm")
+    # Engine against policy
+    rollout_correction: str = option(
+        "none", "importance weights for the tokens of an engine that is not quite the policy", choices=("none", "truncate", "mask")
+    )
+    correction_level: str = option("token", "what a weight belongs to", choices=("token", "sequence"))
+    correction_low: float | None = option(None, "least weight; truncate sets a lesser one to this, mask to 0")
+    correction_high: float | None = option(3.0, "greatest weight; truncate sets a greater one to this, mask to 0; none: no bound")
+    track_mismatch: bool = option(False, "report how the engine differs from the policy, even where rollout_correction is none")
     # Objective
     loss: str = option("ppo", "preset of rlkern.PolicyLossConfig")
     clip_low: float | None = option(None, "clip range below ratio 1; by default the preset's")
@@ -110,7 +120,11 @@ class PolicyArguments(RunArguments):
         self.require("at least 1", lambda x: x is None or x >= 1, "rollout_batch_size")
         self.require("at least 0", lambda x: 0 <= x < math.inf, "top_k")
         self.require("above 0", lambda x: 0 < x < math.inf, "temperature")
-        self.require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
+        self.require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p", "engine_memory")
+        self.require("at least 0", lambda x: x is None or 0 <= x < math.inf, "correction_low", "correction_high")
+        low, high = self.correction_low, self.correction_high
+        if low is not None and high is not None and low > high:
+            raise InputError(f"must be at most correction_high, {high}, got {low}", field="correction_low")
         self.all_or_none("model", "data", "reward")
         self.loss_config()  # checks the rest
 
