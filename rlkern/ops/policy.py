@@ -14,6 +14,7 @@ from ..config import PolicyLossConfig
 from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
 from ..surrogates import own_surrogate
 from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
+from .select import bits, select
 from .tokens import WARPS, Layout, divisor
 
 METRICS = (
@@ -120,11 +121,12 @@ def _torch_path(
 ) -> None:
     dtype, time, cu_seqlens = results.dtype, x.logprobs.shape[-1], x.cu_seqlens
     o, surrogate = Options.of(config, time), surrogate_of(config)
-    live = None if x.mask is None else x.mask != 0
-    kept = live if x.entropy_mask is None else (x.entropy_mask != 0 if live is None else live & (x.entropy_mask != 0))
+    mask = None if x.mask is None else x.mask != 0
+    kept_mask = mask if x.entropy_mask is None else (x.entropy_mask != 0 if mask is None else mask & (x.entropy_mask != 0))
+    live, kept = (None if t is None else bits(t, dtype) for t in (mask, kept_mask))
 
     def counted(values: Tensor, where: Tensor | None) -> Tensor:
-        return values if where is None else torch.where(where, values, 0.0)
+        return values if where is None else select(where, values)
 
     def read(t: Tensor) -> Tensor:  # a masked position is never read
         return counted(per_token(t, x.logprobs, cu_seqlens).to(dtype), live)
@@ -166,7 +168,7 @@ def _torch_path(
                 surrogate_log_r = surrogate_log_r + (log_w if one_a_sequence(x.importance_weights, lp, cu_seqlens) else over_sequences(log_w))
             w = None
 
-    keep = live if surrogate.reduction == "kept-mean" else kept
+    keep = mask if surrogate.reduction == "kept-mean" else kept_mask
     if config.off_policy_threshold is not None and sampling is not None:
         fresh = (A >= 0) | (over_sequences(sampling - lp) / length <= config.off_policy_threshold)
         keep = fresh if keep is None else keep & fresh
@@ -193,9 +195,9 @@ def _torch_path(
 
     count = m.sum().clamp(min=1)
     r = log_r.exp()
-    low, high, dual = (t.sum() for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
+    low, high, dual = (t.count_nonzero() for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
     sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else sum_of(t) for t in (kl, h)), sum_of(r)]
-    largest = torch.where(m.any(), (r if live is None else r.masked_fill(~live, -torch.inf)).amax(), 0.0)
+    largest = counted(r, live).amax()
     results.copy_(torch.stack([1 / by, 1 / entropy_by, *(t.to(dtype) / count for t in sums), largest]))
 
     if grad_entropy is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import INF, PolicyLossConfig, bounds
 from ..surrogates import OwnSurrogate, own_surrogate
+from .select import as_number, bits, select
 
 
 class Options(NamedTuple):
@@ -86,7 +87,7 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 def zero_where(where: Tensor | None, x: Tensor) -> Tensor:
     """x, and 0 where ``where`` (None: nowhere)."""
-    return x if where is None else x.masked_fill(where, 0.0)
+    return x if where is None else select(bits(~where, x.dtype), x)
 
 
 # ---- surrogates: (lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r) -------------------------------------------------------------
@@ -99,10 +100,11 @@ Summand = Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]]
 
 def _clipped_branch(r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     free, clipped = clamp(r, -INF, o.ratio_cap) * A, clamp(r, o.low, o.high) * A
+    # Numbers instead of bools: 1 where the free branch is the less, 1/2 where it is as much, as autograd divides a tie.
+    less = as_number(torch.lt, free, clipped).add_(as_number(torch.le, free, clipped)).mul_(-0.5)
     free_slope = zero_where(outside(r, -INF, o.ratio_cap), A)
     clipped_slope = zero_where(outside(r, o.low, o.high), A)
-    slope = torch.where(free < clipped, free_slope, torch.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
-    return -torch.minimum(free, clipped), -slope
+    return -torch.minimum(free, clipped), less * free_slope - (1 + less) * clipped_slope
 
 
 def clip(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
@@ -361,7 +363,7 @@ def objective(
     def weighted(x: Derivative) -> Derivative:
         if isinstance(x, Tensor):
             x = x if w is None else x * w
-            x = x if keep is None else torch.where(keep, x, 0.0)
+            x = x if keep is None else select(bits(keep, x.dtype), x)
         return x
 
     loss, d_lp, d_own = torch.as_tensor(weighted(loss)), weighted(d_lp), weighted(d_own)

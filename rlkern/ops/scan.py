@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import device_of, multiprocessors
 from .._checks import check_cu_seqlens, state_dtype
+from .select import bits
 
 
 class Steps(NamedTuple):
@@ -236,14 +237,13 @@ def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
     by_step = _by_step(x, chunks, size)
     y = by_step.unbind()
     product = torch.empty_like(y[0])
-    bits = torch.int64 if x.dtype == torch.float64 else torch.int32
-    # What leads from each step to the next, and later to the end of its chunk; and the same as bits, all ones where that is not 0: ANDed with a
-    # product they stop a NaN, as multiplying by 0 would not, and much quicker than masked_fill.
+    # What leads from each step to the next, and later to the end of its chunk; and the bits of where that is not 0: ANDed with a product they stop a
+    # NaN, as multiplying by 0 would not.
     through: Tensor
     passing: Tensor | None = None
     if isinstance(f, Tensor):
         through = _by_step(f.expand(rows, time), chunks, size)
-        passing = (through != 0).to(bits).neg_()
+        passing = bits(through != 0, x.dtype)
         factors, passes = through.unbind(), passing.unbind()
     else:
         through = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)[:, None]
@@ -252,7 +252,7 @@ def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
     for t in range(size - 2, -1, -1):
         torch.mul(y[t + 1], factors[t], out=product)
         if passing is not None:
-            product.view(bits).bitwise_and_(passes[t])
+            product.view(passing.dtype).bitwise_and_(passes[t])
         y[t].add_(product)
         if passing is not None:
             factors[t].mul_(factors[t + 1])
@@ -264,7 +264,7 @@ def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
         carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(1, -1)
         carried = torch.mul(through, carry, out=x.view(size, -1) if time % size == 0 else None)  # x is a copy by now
         if passing is not None:
-            carried.view(bits).bitwise_and_(passing)
+            carried.view(passing.dtype).bitwise_and_(passing)
         by_step.add_(carried)
     if time % size == 0:
         x.view(-1, size).copy_(by_step.t())

@@ -12,6 +12,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from ..config import SEQUENCE_AGGREGATIONS
 from ..reference import sequence_sum, to_tokens
+from .select import as_number, bits, select
 from .tokens import Layout, divisor
 
 WARPS = 4  # four tokens of a block a thread; compilers give smaller programs the registers that the float64 sums take
@@ -61,13 +62,14 @@ def _triton_path(x: Values, clip: float, aggregation: str, max_length: float, lo
 
 
 def _torch_path(x: Values, clip: float, aggregation: str, max_length: float, loss_out: Tensor, results: Tensor, grad: Tensor | None) -> None:
-    live = None if x.mask is None else x.mask != 0
+    dtype = results.dtype
+    live = None if x.mask is None else bits(x.mask != 0, dtype)
 
     def read(t: Tensor) -> Tensor:  # a masked position is never read
-        return t.to(results.dtype) if live is None else torch.where(live, t.to(results.dtype), 0.0)
+        return t.to(dtype) if live is None else select(live, t.to(dtype))
 
     v, target = read(x.values), read(x.returns)
-    m = torch.ones_like(v) if live is None else live.to(v.dtype)
+    m = torch.ones_like(v) if live is None else select(live, torch.ones_like(v))
     error = v - target
     squared, slope, clip_fraction = error.square(), error, v.new_zeros(())
     count = m.sum().clamp(min=1)
@@ -76,9 +78,11 @@ def _torch_path(x: Values, clip: float, aggregation: str, max_length: float, los
         old = read(x.old_values)
         low, high = old - clip, old + clip
         clipped = (torch.maximum(torch.minimum(v, high), low) - target).square()
-        moves = (v >= low) & (v <= high)
-        slope = torch.where(moves | (squared > clipped), error, torch.where(squared == clipped, 0.5 * error, 0.0))
-        clip_fraction = (clipped > squared).sum() / count
+        # Numbers instead of bools: 1 where the plain error is the larger, 1/2 where it is as large, unless that is because nothing was clipped.
+        plain_slope = as_number(torch.gt, squared, clipped).add_(as_number(torch.ge, squared, clipped)).mul_(0.5)
+        moves = as_number(torch.ge, v, low).mul_(as_number(torch.le, v, high))
+        slope = error * torch.maximum(plain_slope, moves)
+        clip_fraction = (clipped > squared).count_nonzero() / count
         squared = torch.maximum(squared, clipped)
     by = divisor(aggregation, x.normalizer, m, x.cu_seqlens, max_length)
     if aggregation == "seq-mean-token-mean":
