@@ -60,26 +60,44 @@ def same_for_any_world(self: PolicyRun, step: int) -> tuple[list[Any], Any, list
     return rows[mine], batch.rows(torch.arange(len(rows))[mine]), texts[mine]
 
 
-def _process(rank: int, world: int, port: int, kind: str, settings: dict[str, Any], fsdp: bool, dies_at: int | None) -> None:
+def _process(rank: int, world: int, port: int, kind: str, settings: dict[str, Any], how: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()} if world > 1 else {}
-    if fsdp:  # as `accelerate launch --use-fsdp --fsdp-version 2` has it, which on its own knows FSDP on GPUs only
+    if how["fsdp"]:  # as `accelerate launch --use-fsdp --fsdp-version 2` has it, which on its own knows FSDP on GPUs only
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = how["fsdp"]
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if dies_at is not None:
+    if how["dies_at"] is not None:
         step = TRAINERS[kind][2].step
-        TRAINERS[kind][2].step = lambda self, n: os.kill(os.getpid(), signal.SIGKILL) if n == dies_at and rank == 1 else step(self, n)
-    PolicyRun.rollout = same_for_any_world  # type: ignore[method-assign]
+        TRAINERS[kind][2].step = lambda self, n: os.kill(os.getpid(), signal.SIGKILL) if n == how["dies_at"] and rank == 1 else step(self, n)
+    if how["same_samples"]:
+        PolicyRun.rollout = same_for_any_world  # type: ignore[method-assign]
     arguments, train, _ = TRAINERS[kind]
     train(arguments(**settings))
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(world: int, kind: str, files: Path, output: Path, *, fsdp: bool = False, dies_at: int | None = None, **changes: Any) -> list[dict[str, Any]]:
-    """Train on so many processes, of which the second may be killed before some step; the log."""
+# What FSDP shards by itself; of the second the head is one, which is whole nowhere.
+LAYERS, LINEAR = "LlamaDecoderLayer", "LlamaDecoderLayer,Linear"
+
+
+def run(
+    world: int,
+    kind: str,
+    files: Path,
+    output: Path,
+    *,
+    fsdp: str | None = None,
+    dies_at: int | None = None,
+    same_samples: bool = True,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """Train on so many processes, of which the second may be killed before some step; the log. ``same_samples``: for any number of processes."""
+    how = {"fsdp": fsdp, "dies_at": dies_at, "same_samples": same_samples}
     settings = {
         "model": str(files / "model"),
         "output_dir": str(output),
@@ -108,21 +126,19 @@ def run(world: int, kind: str, files: Path, output: Path, *, fsdp: bool = False,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=_process, args=(rank, world, port, kind, {**settings, **changes}, fsdp, dies_at)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    if dies_at is not None:
-        processes[1].join(120)
-        assert processes[1].exitcode == -signal.SIGKILL
-        processes[0].kill()  # as launchers do
-        processes[0].join()
-        return read_metrics(output / "metrics.jsonl")
-    for process in processes:
-        process.join(120)
-        hung = process.is_alive()
-        process.kill()
-        assert not hung, "a process did not come back"
-        assert process.exitcode == 0
+    arguments = [(rank, world, port, kind, {**settings, **changes}, how) for rank in range(world)]
+    processes = [CONTEXT.Process(target=_process, args=each, daemon=True) for each in arguments]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes if dies_at is None else processes[1:]:
+            process.join(120)
+            assert not process.is_alive(), "a process did not come back"
+            assert process.exitcode == (0 if dies_at is None else -signal.SIGKILL)
+    finally:
+        for process in processes:
+            process.kill()  # as launchers do with the others when one has died
+            process.join()
     return read_metrics(output / "metrics.jsonl")
 
 
@@ -147,12 +163,12 @@ def test_numbers_do_not_depend_on_the_processes(kind, worlds, changes, files, tm
         assert_same_numbers(one, run(world, kind, files, tmp_path / str(world), **changes))
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_fsdp2(kind, files, tmp_path):
+@pytest.mark.parametrize(("kind", "fsdp"), [*((kind, LAYERS) for kind in TRAINERS), ("grpo", LINEAR)])
+def test_fsdp2(kind, fsdp, files, tmp_path):
     """Sharded models give the numbers of one process, are resumed by another number of them, and saved whole."""
     one = run(1, kind, files, tmp_path / "1", steps=4)
-    run(2, kind, files, tmp_path / "2", steps=2, fsdp=True)
-    assert_same_numbers(one, run(3, kind, files, tmp_path / "2", steps=4, fsdp=True, resume=True, lr_schedule="constant"))
+    run(2, kind, files, tmp_path / "2", steps=2, fsdp=fsdp)
+    assert_same_numbers(one, run(3, kind, files, tmp_path / "2", steps=4, fsdp=fsdp, resume=True, lr_schedule="constant"))
     for model in ("model", "critic") if kind == "ppo" else ("model",):
         weights, others = (load_file(tmp_path / world / model / "model.safetensors") for world in "12")
         assert weights.keys() == others.keys()
@@ -164,10 +180,24 @@ def test_fsdp2(kind, files, tmp_path):
 def test_engines_under_fsdp2(engine, files, tmp_path):
     """The policy gathered, to sample from it; its weights given to an engine that has its own."""
     changes = {"steps": 3, "engine": engine, "rollout_correction": "truncate"}
-    sharded = run(2, "grpo", files, tmp_path / "2", fsdp=True, **changes)
+    sharded = run(2, "grpo", files, tmp_path / "2", fsdp=LAYERS, **changes)
     assert all(row["mismatch_ratio_max"] == pytest.approx(1, abs=1e-4) for row in sharded[1:])
     if engine != "continuous":  # which adds the number of the process to the seed
         assert_same_numbers(run(1, "grpo", files, tmp_path / "1", **changes), sharded)
+
+
+@pytest.mark.parametrize(("kind", "fsdp"), [("grpo", None), ("ppo", LAYERS)])
+def test_samples_of_its_own_in_every_process(kind, fsdp, files, tmp_path):
+    """4 prompts and 3 held-out ones among 3 processes: all count, each once."""
+    changes = {"eval_fraction": 0.4, "eval_every": 1, "steps": 2, "success_reward": -1.0}
+    log = run(3, kind, files, tmp_path / "run", fsdp=fsdp, same_samples=False, **changes)
+    assert all(row["held_out_accuracy"] == 1 for row in log)
+    for row in log:
+        total = row["held_out_reward"] * 3 * 4  # three completions, rewards in quarters
+        assert total == pytest.approx(round(total), abs=1e-4)
+    for row in log[1:]:
+        total = row["reward"] * 4 * 3 * 4
+        assert total == pytest.approx(round(total), abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"prompts_per_step": 5, "micro_batch_size": 2}, {"prompts_per_step": 2}], ids=["uneven", "fewer than processes"])

@@ -96,7 +96,7 @@ class GRPO(PolicyRun):
             learners = [reward.function for reward in self.rewards if isinstance(reward.function, RewardModel)]
             if len(learners) != 1:
                 raise InputError(f"a judge teaches the one reward model of reward, which names {len(learners)}", field="judge")
-            judge = load_rewards(args.judge, kinds, device=self.device, field="judge")
+            judge = load_rewards(args.judge, kinds, device=self.device, batch_size=args.micro_batch_size, field="judge")
             self.online = OnlineRewardModel(learners[0], judge, learning_rate=args.judge_learning_rate, replay=args.judge_replay)
         if args.refresh_every:
             if self.sharded:
@@ -106,8 +106,8 @@ class GRPO(PolicyRun):
             self.accelerator.register_for_checkpointing(*(state for state in (self.reference, self.online) if state is not None))
         self.keep_settings()
 
-    def process_advantages(self, rows: Sequence[Row], batch: Completions, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Of each token, the sum of the normalised rewards of the steps that end at or after it, [N, T]; and the mean reward of a step."""
+    def process_advantages(self, rows: Sequence[Row], batch: Completions, texts: Sequence[str]) -> tuple[Tensor, float]:
+        """Of each token, the sum of the normalised rewards of the steps that end at or after it, [N, T]; and a step's mean reward, of all."""
         assert self.process_reward is not None
         steps = [steps_of(text, self.args.step_separator) for text in texts]
         scores = score_steps(self.process_reward, rows, texts, steps)
@@ -116,7 +116,7 @@ class GRPO(PolicyRun):
         padded_scores = torch.tensor([each + [0.0] * (most - len(each)) for each in scores], device=self.device)
         padded_ends = torch.tensor([each + [-1] * (most - len(each)) for each in ends], device=self.device)
         advantages = rk.process_advantages(padded_scores, padded_ends, batch.mask.shape[1], group_size=self.args.samples_per_prompt)
-        return advantages, padded_scores.sum() / sum(map(len, steps))
+        return advantages, self.moments(padded_scores, padded_ends >= 0)[0]
 
     def refresh(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, float]:
         """The end of a round: the policy becomes the reference, and the reward model learns from what the judge says of ``texts``."""
@@ -150,7 +150,7 @@ class GRPO(PolicyRun):
         )
         own = {"reward": rewards.mean(), **{name: rewards.new_tensor(mean) for name, mean in each.items()}}
         if self.process_reward is not None:
-            advantages, own["process_reward"] = self.process_advantages(rows, batch, texts)
+            advantages, mean = self.process_advantages(rows, batch, texts)
 
         # 3. Log-probs of what was sampled: under the policy before it moves (if it moves more than once, or the engine's are held against them), and
         # under the reference.
@@ -184,7 +184,7 @@ class GRPO(PolicyRun):
         spread = rewards.view(-1, args.samples_per_prompt).std(1)
         own |= {"reward_std": spread.mean(), "equal_groups": (spread == 0).float().mean(), "completion_tokens": lengths.float().mean()}
         totals = accelerator.reduce(torch.cat([torch.stack(sums).sum(0), torch.stack([torch.stack(losses).sum(), lengths.sum()])]), "sum").tolist()
-        numbers = self.means(own, self.weight)
+        numbers = self.means(own, self.weight) | ({} if self.process_reward is None else {"process_reward": mean})
         numbers |= {name: total / (totals[-1] * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]

@@ -31,13 +31,17 @@ def load_named(spec: str, where: str, name: str, *, kind: str, field: str) -> An
 
 
 def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"rlkern_user_{path.stem}"  # dataclasses, among others, look their module up
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # it ends in .py
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours, as when run as a script
     try:
         spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     finally:
         sys.path.pop(0)
     return module

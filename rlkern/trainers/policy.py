@@ -21,7 +21,7 @@ from rlkern.trainers.rewards import Reward, load_rewards, total
 from rlkern.trainers.rollout import Completions, Sampler, load_model, load_tokenizer
 from rlkern.trainers.runs import Run, passes, plot_curve, seed_all
 from rlkern.trainers.settings import PolicyArguments
-from rlkern.trainers.sharding import Shell, shard_frozen, whole_weights
+from rlkern.trainers.sharding import Shell, reshard, shard_frozen, whole_weights
 
 
 class PolicyRun(Run):
@@ -71,10 +71,6 @@ class PolicyRun(Run):
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
         self.sample.start(longest)
 
-    def adamw(self, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
-        """An optimiser of the model by the settings."""
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay)
-
     def rollout(self, step: int) -> tuple[list[Row], Completions, list[str]]:
         """This process's share of the prompts of a step, ``samples_per_prompt`` rows each, and a completion of every row."""
         seed_all(self.args.seed, step, self.rank)
@@ -89,8 +85,7 @@ class PolicyRun(Run):
 
         A sharded policy is gathered for that.
         """
-        whole = ((name, weight.detach()) for name, weight in self.model.named_parameters())
-        weights: Iterator[tuple[str, Tensor]] = whole if self.shell is None else whole_weights(self.model)
+        weights = whole_weights(self.policy, self.model)
         self.sample.engine.load_weights(weights)
         with nullcontext() if self.shell is None else self.shell.filled(weights):
             yield
@@ -105,13 +100,14 @@ class PolicyRun(Run):
         new = batch.mask.shape[1]
         hidden = model(**self.inputs(batch))
         head = head_of(model)
+        parts = [head.weight, head.bias]
         if self.args.mixed_precision != "no":  # as autocast has it for the layers before
             precision = torch.get_autocast_dtype(self.device.type)
-            hidden, head = hidden.to(precision), head._replace(weight=head.weight.to(precision))
-        head = head._replace(weight=rk.gather_parameter(head.weight))  # where FSDP has its module sharded again
+            hidden, parts = hidden.to(precision), [None if x is None else x.to(precision) for x in parts]
+        weight, bias = (None if x is None else rk.gather_parameter(x) for x in parts)  # where FSDP has their module sharded again
         # The state at one position predicts the token at the next.
         tokens = {"hidden": hidden[:, -new - 1 : -1], "ids": batch.ids[:, -new:], "mask": batch.mask}
-        return {**tokens, "temperature": self.args.temperature, **head._asdict()}
+        return {**tokens, "temperature": self.args.temperature, **head._asdict(), "weight": weight, "bias": bias}
 
     @torch.no_grad()
     def frozen(self, function: Callable[[Completions], Tensor], batch: Completions) -> Tensor:
@@ -127,12 +123,16 @@ class PolicyRun(Run):
 
     def frozen_logprobs(self, model: Any, batch: Completions) -> Tensor:
         """Log-probs of the completions' tokens, [N, T], as data."""
-        return self.frozen(lambda rows: rk.linear_token_logprobs(**self.scored(model, rows)), batch)
+        logprobs = self.frozen(lambda rows: rk.linear_token_logprobs(**self.scored(model, rows)), batch)
+        if model is self.reference:
+            reshard(model)  # no backward will
+        return logprobs
 
     def mismatch(self, batch: Completions, old: Tensor | None) -> tuple[Tensor | None, dict[str, float]]:
         """How the engine that sampled differs from the policy, whose log-probs before the step's updates are ``old``.
 
-        Importance weights of the tokens, [N, T], where rollout_correction asks for them; and what to report, over all processes.
+        Importance weights of the tokens, [N, T], or of the completions, [N], where rollout_correction asks for them; and what to report, over all
+        processes.
         """
         args, mask, sampled = self.args, batch.mask, batch.logprobs
         if sampled is None or old is None:
@@ -144,7 +144,9 @@ class PolicyRun(Run):
         sums = self.accelerator.reduce(torch.stack([kl.sum(), (weights != ratio).sum(), mask.sum()]), "sum")
         numbers = dict(zip(("mismatch_kl", "mismatch_outside"), (sums / sums[-1]).tolist(), strict=False))
         numbers["mismatch_ratio_max"] = self.accelerator.gather(ratio.max()).max().item()
-        return None if args.rollout_correction == "none" else weights, numbers
+        if args.rollout_correction == "none":
+            return None, numbers
+        return weights if args.correction_level == "token" else weights[:, 0], numbers  # one a completion, whose first token always counts
 
     def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""

@@ -78,7 +78,7 @@ class RewardRun(runs.Run):
                 if longest is not None and len(tokens) > longest:
                     raise InputError(f"{row.place}: prompt and answer {answer[:30]!r} are {len(tokens)} tokens, more than the model's {longest}")
         self.ready(self.model)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+        optimizer = self.adamw(self.model, args.learning_rate)
         self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.keep_settings()
 

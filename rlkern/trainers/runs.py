@@ -41,7 +41,7 @@ from rlkern.trainers.settings import RunArguments
 from rlkern.trainers.sharding import shards_models, whole_state
 
 # Settings that a resumed run may change: its numbers do not depend on them.
-FREE = {"output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
+FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
 
 
 def seed_all(*parts: int | str) -> None:
@@ -223,29 +223,33 @@ class Run(ABC):
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self.world != launched:
             raise InputError(f"{launched} processes were launched, but accelerate sees {self.world}; without GPUs, set cpu", field="cpu")
-        self.directory = self._directory()
+        self.directory: Path = self.in_first_process(lambda: run_directory(args.output_dir, name=self.name, resume=args.resume))
         self.warm_up: dict[str, Any] | None = None
         self._settings = asdict(args)
         self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
 
-    def _directory(self) -> Path:
-        """Where the run lives, as the first process finds the disk, before any has written there."""
+    def in_first_process(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` gives there, in all processes; what it raises, too."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                found = [run_directory(self.args.output_dir, name=self.name, resume=self.args.resume)]
-            except InputError as error:
+                found = [function()]
+            except Exception as error:
                 found = [error]
-        (where,) = broadcast_object_list(found)
-        if isinstance(where, InputError):
-            raise where
-        return where
+        (result,) = broadcast_object_list(found)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def ready(self, model: Any) -> Any:
         """A model made ready to be trained as the settings have it; it has no dropout."""
         if self.args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.train()  # without which there is no checkpointing
+
+    def adamw(self, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
+        """An optimiser of the model by the settings."""
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay)
 
     def share_of(self, count: int) -> slice:
         """Which of ``count`` things are this process's: as many as any other's, or one more or less."""
@@ -262,15 +266,14 @@ class Run(ABC):
     def built_in_task(self) -> Path:
         """Make the built-in task, files like a user's own, and give their directory."""
         task = self.directory / "tutorial"
+        self.keep_settings()
         with self.accelerator.main_process_first():
-            self.keep_settings()
             self.warm_up = tutorial.prepare(task, self._settings["seed"], self.device)
         return task
 
     def keep_settings(self) -> None:
         """Write down what the run was started with: the last thing before training, so that a start that fails leaves nothing behind."""
-        if self.accelerator.is_main_process:
-            store_settings(self.directory, self._settings, free=self._free)
+        self.in_first_process(lambda: store_settings(self.directory, self._settings, free=self._free))
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
 
 from rlkern.trainers.errors import InputError
 
@@ -38,13 +39,22 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> None:
     fsdp2_prepare_model(accelerator, model)
 
 
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter, gathered one after the other; every process has to go through all of them."""
+def reshard(model: Any) -> None:
+    """Divide again what FSDP2 left whole: after a forward its outermost module, which waits for a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def whole_weights(prepared: nn.Module, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of a model that accelerate ``prepared``; sharded ones are gathered one after the other.
+
+    Every process has to go through all of them.
+    """
+    reshard(prepared)
     for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():
-        yield name, parameter.detach().full_tensor()
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:

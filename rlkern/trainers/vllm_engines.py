@@ -76,7 +76,7 @@ class VLLMServer:
             mode = self.client.get_server_info()["model_config"]["logprobs_mode"]
             if self.first:
                 self.client.init_communicator(device=sampling.device)
-        except (ImportError, ConnectionError, RuntimeError) as error:
+        except Exception as error:  # of the import, of the connection, of the server's answers
             raise InputError(f"{url}: {error}", field="engine") from error
         require_comparable(mode, sampling)
 
