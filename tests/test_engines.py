@@ -211,6 +211,8 @@ def test_an_engine_that_does_not_keep_to_the_protocol(files, tmp_path, spec, mes
         ({"correction_low": -1.0}, "correction_low", "at least 0"),
         ({"correction_high": math.inf}, "correction_high", "at least 0"),
         ({"correction_low": 2.0, "correction_high": 1.5}, "correction_low", "at most correction_high, 1.5, got 2.0"),
+        ({"correction_high": 2.0}, "rollout_correction", "must be truncate or mask"),
+        ({"loss": "vespo", "rollout_correction": "mask"}, "correction_level", "one masked token would drop all of it"),
     ],
 )
 def test_settings_that_cannot_be_used(files, tmp_path, changes, name, message):
@@ -218,6 +220,16 @@ def test_settings_that_cannot_be_used(files, tmp_path, changes, name, message):
         start(files, tmp_path / "run", **changes)
     assert error.value.field == name
     assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_from_a_file_may_be_a_dataclass(files, tmp_path):
+    """Dataclasses look their module up, by name."""
+    lines = ["from __future__ import annotations", "import dataclasses", "from rlkern.trainers.engines import Sample"]
+    lines += ["@dataclasses.dataclass", "class Mine:", "    model: object", "    sampling: object"]
+    lines += ["    def load_weights(self, weights): pass", "    def sample(self, prompts): return [Sample([self.sampling.ends[0]]) for _ in prompts]"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    run = start(files, tmp_path / "run", engine=f"{tmp_path}/mine.py:Mine")
+    assert rollout(run, copies=1).mask.tolist() == [[1]] * len(run.rows)
 
 
 @pytest.mark.parametrize("setting", ["rollout_correction", "correction_level"])
@@ -285,9 +297,33 @@ def test_weights_and_metrics_are_the_formulas(files, tmp_path, level, correction
     if correction == "none":
         assert weights is None
         return
+    if level == "sequence":
+        assert weights.tolist() == pytest.approx([each[0] for each in expected], rel=1e-5)
+        return
     for row, each in enumerate(expected):
         assert weights[row][mask[row]].tolist() == pytest.approx(each, rel=1e-5)
     assert not weights[~mask].any()
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_one_weight_a_completion_scales_every_loss(files, tmp_path, loss):
+    """Also of those that multiply the weights of a completion's tokens: the same on all, it would count as often as there are tokens."""
+    run = start(files, tmp_path / "run", loss=loss, kl_coef=0.0, max_new_tokens=4, rollout_correction="truncate", correction_level="sequence")
+    batch = rollout(run)
+    old = run.frozen_logprobs(run.policy, batch)
+    batch = batch._replace(logprobs=(old - 0.1) * batch.mask)
+    weights, _ = run.mismatch(batch, old)
+    torch.testing.assert_close(weights, (0.1 * batch.mask.sum(1)).exp())
+    options = {"old_logprobs": old, "advantages": torch.ones(len(old)), "config": run.args.loss_config()}
+    out = rk.fused_linear_policy_loss(**run.scored(run.policy, batch), **options, importance_weights=weights)
+    if loss != "vespo":  # whose weight of a completion is not linear in w
+        plain = rk.policy_loss(old, old, options["advantages"][:, None] * weights[:, None].expand_as(old), mask=batch.mask, config=options["config"])
+        assert out.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4, abs=1e-6)
+    else:
+        lp = old.clone().requires_grad_()
+        summed = rk.policy_loss(lp, old, options["advantages"], mask=batch.mask, importance_weights=weights[:, None], config=options["config"]).loss
+        assert out.loss.item() == pytest.approx(summed.item(), rel=1e-4)
+        assert torch.autograd.grad(summed, lp)[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -475,6 +511,14 @@ def test_a_vllm_server_gets_the_weights_and_then_the_prompts(files, tmp_path, cl
     assert (asked["temperature"], asked["max_tokens"], asked["logprobs"]) == (0.7, 6, 0 if tracked else None)
     assert batch.mask.sum(1).tolist() == [3] * len(batch.ids)
     assert (batch.logprobs is None) if not tracked else (batch.logprobs[0].tolist() == [-1.0, -2.0, -0.5])
+
+
+@pytest.mark.parametrize("error", [OSError("Connection refused"), Exception("Request failed: 500")])
+def test_a_vllm_server_that_does_not_answer_is_an_input_error(files, tmp_path, client, error):
+    client.get_server_info.side_effect = error
+    with pytest.raises(InputError, match=f"http://localhost:8000: {error}") as raised:
+        start(files, tmp_path / "run", engine="http://localhost:8000")
+    assert raised.value.field == "engine"
 
 
 @pytest.mark.parametrize(

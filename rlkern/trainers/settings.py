@@ -123,13 +123,13 @@ class PolicyArguments(RunArguments):
         self.require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p", "engine_memory")
         self.require("at least 0", lambda x: x is None or 0 <= x < math.inf, "correction_low", "correction_high")
         low, high = self.correction_low, self.correction_high
+        if low is not None and high is not None and low > high:
+            raise InputError(f"must be at most correction_high, {high}, got {low}", field="correction_low")
         if (low, high, self.correction_level) != (None, 3.0, "token") and self.rollout_correction == "none" and not self.track_mismatch:
             raise InputError("must be truncate or mask (or track_mismatch set) for what correction_... says to act", field="rollout_correction")
         if (self.loss, self.rollout_correction, self.correction_level) == ("vespo", "mask", "token"):
             why = "vespo multiplies the weights of a completion, so that one masked token would drop all of it"
             raise InputError(f"{why}: with mask, take the level of sequences", field="correction_level")
-        if low is not None and high is not None and low > high:
-            raise InputError(f"must be at most correction_high, {high}, got {low}", field="correction_low")
         self.all_or_none("model", "data", "reward")
         self.loss_config()  # checks the rest
 
