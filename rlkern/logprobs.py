@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._backend import choose_backend, choose_validate
+from ._backend import choose_backend
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
-from .distributed import ProcessGroup, VocabShard, check_same_inputs, is_distributed, local, shard_of
+from .distributed import Agreement, ProcessGroup, VocabShard, is_distributed, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
@@ -20,16 +20,16 @@ def check_logits(
     logits: Tensor, ids: Tensor, mask: Tensor | None, process_group: ProcessGroup, validate: bool | None
 ) -> tuple[Tensor, torch.Size, torch.device, Shard | None, bool]:
     """Check logits, ids and mask; gives the logits that are here, S, the device, the part of the vocabulary, and whether to validate."""
-    check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    logits, process_group = local("logits", logits, -1, process_group)
-    shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
-    if logits.shape[-1] == 0 and shard is None:
-        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    must_validate = choose_validate(validate, logits)
-    if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask)
-    _check_ids(ids, mask, shape, device)
-    return logits, shape, device, shard, must_validate
+    with Agreement(process_group, validate, logits) as agreement:
+        check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
+        logits, process_group = local("logits", logits, -1, process_group)
+        shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
+        if logits.shape[-1] == 0 and shard is None:
+            raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+        agreement.part(shard)
+        agreement.tokens(ids, mask, device)
+        _check_ids(ids, mask, shape, device)
+    return logits, shape, device, shard, agreement.validate
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
@@ -221,16 +221,19 @@ def check_linear(
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
-    dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-    shape, device = shape_of_tokens(hidden, shard), hidden.device
-    must_validate = choose_validate(validate, hidden)
-    if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask, hidden)
-    _check_ids(ids, mask, shape, device)
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    rows = check_rows(rows, ids.numel(), device, must_validate)
-    offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
+    with Agreement(process_group, validate, hidden) as agreement:
+        hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
+        dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
+        shape, device, must_validate = shape_of_tokens(hidden, shard), hidden.device, agreement.validate
+        agreement.part(shard, hidden)
+        agreement.tokens(ids, mask, device)
+        _check_ids(ids, mask, shape, device)
+        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+        rows = check_rows(rows, ids.numel(), device, must_validate)
+        chunk = check_chunk(chunk_bytes, weight, dtype, shard)
+        agreement.rows(rows, chunk)
+        offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
+        backend = choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES)
     return LinearInputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -244,10 +247,10 @@ def check_linear(
         scale,
         cap,
         dtype,
-        check_chunk(chunk_bytes, weight, dtype, shard),
+        chunk,
         device.type == "cpu" if compact is None else compact,
         must_validate,
-        choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES),
+        backend,
         "" if shard is None else shard.text,
     )
 
