@@ -22,6 +22,9 @@ class VocabShard:
 
     ``sequence_parallel``: functions from hidden states take of these (of the reference's too) an equal share on each rank, along the first dimension
     and in the order of the ranks, and give the gradient of the share. All else that belongs to tokens, the result too, is of all tokens on all ranks.
+
+    All ranks must make the same loss of the result, of all tokens: the gradient that comes back to it is taken to be equal on all, and not exchanged.
+    A loss of the rank's own tokens alone gives a wrong d loss / d hidden, without an error.
     """
 
     group: dist.ProcessGroup
@@ -101,10 +104,11 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
 
 
-def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_tokens: bool = True) -> tuple[Tensor, ProcessGroup]:
+def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_tokens: bool = True, hint: str = "") -> tuple[Tensor, ProcessGroup]:
     """A DTensor that is divided along ``dim`` as its local part and a VocabShard; replicated, as it is, whole. Other tensors pass, with the group.
 
     ``same_tokens``: the ranks are known to have the same tokens. Otherwise the group has to be given: a parameter under FSDP is divided too.
+    ``hint``: what to do about a wrong dimension.
     """
     if not isinstance(x, Tensor) or not is_distributed(x):
         return x, process_group  # what is no tensor is refused later
@@ -114,7 +118,9 @@ def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_t
     dim %= x.dim()
     mesh, sharded = x.device_mesh, [i for i, p in enumerate(x.placements) if not p.is_replicate()]
     if any(not x.placements[i].is_shard(dim) for i in sharded) or len(sharded) > 1:
-        raise ValueError(f"{name} must be replicated, or divided along dimension {dim} of one mesh dimension; its placements are {x.placements}")
+        raise ValueError(
+            f"{name} must be replicated, or divided along dimension {dim} over one mesh dimension; its placements are {x.placements}{hint}"
+        )
     if not sharded:
         return x.to_local(), process_group
     group, total = mesh.get_group(sharded[0]), x.shape[dim]
@@ -168,7 +174,8 @@ def gather_parameter(x: Tensor) -> Tensor:
         x: a parameter, any shape; a DTensor over a mesh whose dimensions are all data parallelism.
 
     Returns:
-        A tensor of the whole shape, in the dtype of ``x``. Forward: one all-gather; backward: one reduce-scatter.
+        A tensor of the whole shape, in the dtype of ``x``. Forward: one all-gather; backward: one reduce-scatter, and an all-reduce over the replicas
+        of HSDP, in the dtype of ``x`` (FSDP's own may be in a wider one, by its ``MixedPrecisionPolicy.reduce_dtype``).
     """
     return _GatherParameter.apply(x) if is_distributed(x) else x
 

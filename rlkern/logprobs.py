@@ -128,7 +128,7 @@ def local_head(
     """What is here of hidden states and a head, named with the prefix, and which part of the vocabulary that is."""
     check_tensor(f"{prefix}weight", weight, min_dim=2)
     same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
-    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None)
+    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None, hint=". Transpose or pack them: tokens are divided along the first dimension")
     bias = None if bias is None else local(f"{prefix}bias", bias, 0, process_group, same_tokens=same_tokens)[0]
     weight, process_group = local(f"{prefix}weight", weight, 0, process_group, same_tokens=same_tokens)
     shard = shard_of(process_group, weight.shape[0])
@@ -329,7 +329,8 @@ def token_logprobs(
             log-prob -inf.
         process_group: the ranks among which the vocabulary is divided, each with the logits of its part, in the order of the ranks, for the same
             tokens; a group whose ranks hold equally many, or a :class:`rlkern.VocabShard`. A DTensor says so itself. One all-gather of four numbers a
-            row in the forward, nothing in the backward; all ranks get the same bits.
+            row in the forward, nothing in the backward; all ranks get the same bits. All must make the same loss of the result, of all tokens: the
+            gradient that comes back is taken to be equal on all ranks. A loss of the rank's own tokens alone gives wrong gradients.
         validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Unchecked, a row
             whose id does not is NaN.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.

@@ -351,6 +351,9 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     wrong = distribute_tensor(x["weight"].detach(), mesh, [Shard(1)])
     with pytest.raises(ValueError, match="divided along dimension 0"):
         rk.linear_token_logprobs(divided["hidden"], wrong, p["ids"])
+    along_time = distribute_tensor(whole["hidden"].detach(), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"divided along dimension 0 .*Shard\(dim=1\),?\)\. Transpose or pack them"):
+        rk.linear_token_logprobs(along_time, divided["weight"], p["ids"])
     plain = {**divided, "hidden": whole["hidden"].detach().requires_grad_()}
     cases = {"logits": (False, divided, None), "linear": (True, divided, None), "linear, by a group": (True, plain, mesh.get_group())}
     shared = distribute_tensor(whole["hidden"].detach(), mesh, [Shard(0)])
