@@ -98,7 +98,7 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
         if s.size != size:
             raise ValueError(f"the VocabShard is of {s.size} tokens, but the tensor has {size}")
         shard = Shard.of(s.first, size, s.total, s.group)
-        return shard.sharing_rows() if s.sequence_parallel else shard
+        return shard.sequence_parallel() if s.sequence_parallel else shard
     check_group(process_group, expected="a torch.distributed.ProcessGroup or a rlkern.VocabShard")
     ranks = dist.get_world_size(process_group)
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
@@ -210,7 +210,7 @@ class Agreement:
             return
         self.group = shard.group  # known by now of a DTensor as well
         rows, width = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[-1])
-        numbers = (shard.first, shard.size, shard.total, width, shard.shares, rows)
+        numbers = (shard.first, shard.size, shard.total, width, shard.sp_size, rows)
         self.numbers |= {whose + name: number for name, number in zip(_PART, numbers, strict=True)}
 
     def tokens(self, ids: Tensor, mask: Tensor | None, device: torch.device) -> None:

@@ -137,13 +137,13 @@ def local_head(
             raise ValueError(
                 f"{prefix}hidden is a DTensor of {tokens.total} in the first dimension, which {shard.ranks} ranks cannot share equally: pad it"
             )
-        shard = shard.sharing_rows()
+        shard = shard.sequence_parallel()
     return hidden, weight, bias, shard
 
 
 def shape_of_tokens(hidden: Tensor, shard: Shard | None) -> torch.Size:
     """S, also where the ranks share the hidden states."""
-    return torch.Size((hidden.shape[0] * (1 if shard is None else shard.shares), *hidden.shape[1:-1]))
+    return torch.Size((hidden.shape[0] * (1 if shard is None else shard.sp_size), *hidden.shape[1:-1]))
 
 
 def check_head(
