@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._backend import choose_validate
 from ._checks import INTS, check_number, check_tensor
 from .ops.shards import Shard, gathered
 
@@ -21,6 +22,9 @@ class VocabShard:
 
     ``sequence_parallel``: functions from hidden states take of these (of the reference's too) an equal share on each rank, along the first dimension
     and in the order of the ranks, and give the gradient of the share. All else that belongs to tokens, the result too, is of all tokens on all ranks.
+
+    All ranks must make the same loss of the result, of all tokens: the gradient that comes back to it is taken to be equal on all, and not exchanged.
+    A loss of the rank's own tokens alone gives a wrong d loss / d hidden, without an error.
     """
 
     group: dist.ProcessGroup
@@ -37,7 +41,7 @@ class VocabShard:
         *,
         vocab_size: int | None = None,
         sequence_parallel: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> VocabShard:
         """Ask all ranks for their sizes, which may differ; in the order of the ranks they make up the vocabulary. One collective: do it once.
 
@@ -46,7 +50,7 @@ class VocabShard:
             group: the ranks among which the head is divided; each calls this.
             vocab_size: the number of tokens, where the sizes add up to more. None: there is no padding.
             sequence_parallel: hidden states are shared among the ranks, as above.
-            device: of the tensors that the group exchanges: "cuda" for NCCL.
+            device: of the tensors that the group exchanges. None: the CPU where a backend of the group takes its tensors, otherwise the current GPU.
 
         Raises:
             TypeError, ValueError: for bad arguments; on every rank, where the ranks disagree on ``vocab_size`` or ``sequence_parallel``.
@@ -55,7 +59,8 @@ class VocabShard:
         for name, x in (("size", size), ("vocab_size", vocab_size)):
             if x is not None and check_number(name, x, at_least=0) != int(x):
                 raise ValueError(f"{name} must be a whole number, got {x}")
-        mine = torch.tensor([size, -1 if vocab_size is None else vocab_size, sequence_parallel], dtype=torch.int64, device=device)
+        numbers = [size, -1 if vocab_size is None else vocab_size, sequence_parallel]
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device_of_group(group) if device is None else device)
         sizes, totals, sharing = gathered(mine, group).t().tolist()
         if len(set(totals)) > 1:
             raise ValueError(f"vocab_size must be the same on all ranks, got {[None if t < 0 else t for t in totals]}")
@@ -78,6 +83,12 @@ def check_group(group: Any, name: str = "process_group", expected: str = "a torc
         raise ValueError(f"this process is not a member of {name}")
 
 
+def device_of_group(group: dist.ProcessGroup) -> torch.device:
+    """Where the group can exchange numbers: the CPU, or for NCCL alone the current GPU."""
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]  # as in "cpu:gloo,cuda:nccl"
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
 def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
     """Which part of the vocabulary ``size`` local columns are. By a plain group, all ranks hold as many, without padding."""
     if process_group is None:
@@ -87,16 +98,17 @@ def shard_of(process_group: ProcessGroup, size: int) -> Shard | None:
         if s.size != size:
             raise ValueError(f"the VocabShard is of {s.size} tokens, but the tensor has {size}")
         shard = Shard.of(s.first, size, s.total, s.group)
-        return shard.sharing_rows() if s.sequence_parallel else shard
+        return shard.sequence_parallel() if s.sequence_parallel else shard
     check_group(process_group, expected="a torch.distributed.ProcessGroup or a rlkern.VocabShard")
     ranks = dist.get_world_size(process_group)
     return Shard.of(dist.get_rank(process_group) * size, size, ranks * size, process_group)
 
 
-def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_tokens: bool = True) -> tuple[Tensor, ProcessGroup]:
+def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_tokens: bool = True, hint: str = "") -> tuple[Tensor, ProcessGroup]:
     """A DTensor that is divided along ``dim`` as its local part and a VocabShard; replicated, as it is, whole. Other tensors pass, with the group.
 
     ``same_tokens``: the ranks are known to have the same tokens. Otherwise the group has to be given: a parameter under FSDP is divided too.
+    ``hint``: what to do about a wrong dimension.
     """
     if not isinstance(x, Tensor) or not is_distributed(x):
         return x, process_group  # what is no tensor is refused later
@@ -106,7 +118,9 @@ def local(name: str, x: Tensor, dim: int, process_group: ProcessGroup, *, same_t
     dim %= x.dim()
     mesh, sharded = x.device_mesh, [i for i, p in enumerate(x.placements) if not p.is_replicate()]
     if any(not x.placements[i].is_shard(dim) for i in sharded) or len(sharded) > 1:
-        raise ValueError(f"{name} must be replicated, or divided along dimension {dim} of one mesh dimension; its placements are {x.placements}")
+        raise ValueError(
+            f"{name} must be replicated, or divided along dimension {dim} over one mesh dimension; its placements are {x.placements}{hint}"
+        )
     if not sharded:
         return x.to_local(), process_group
     group, total = mesh.get_group(sharded[0]), x.shape[dim]
@@ -160,41 +174,104 @@ def gather_parameter(x: Tensor) -> Tensor:
         x: a parameter, any shape; a DTensor over a mesh whose dimensions are all data parallelism.
 
     Returns:
-        A tensor of the whole shape, in the dtype of ``x``. Forward: one all-gather; backward: one reduce-scatter.
+        A tensor of the whole shape, in the dtype of ``x``. Forward: one all-gather; backward: one reduce-scatter, and an all-reduce over the replicas
+        of HSDP, in the dtype of ``x`` (FSDP's own may be in a wider one, by its ``MixedPrecisionPolicy.reduce_dtype``).
     """
     return _GatherParameter.apply(x) if is_distributed(x) else x
 
 
-def check_same_inputs(shard: Shard, ids: Tensor, mask: Tensor | None, hidden: Tensor | None = None) -> None:
-    """ValueError on every rank unless all have the same tokens, equally many hidden states, and parts that follow each other.
+# What all ranks put down, in this order; those of a divergence for its reference too.
+_PART = ("first token", "size", "vocabulary", "hidden width", "number of shares of hidden", "first dimension of hidden")
+_WHOSE = ("", "reference's ")
+_TOKENS = ("number of tokens", *(f"dimension {i} of the tokens" for i in range(4)), "ids or mask", "number of rows", "rows", "rows of a chunk")
+_NAMES = (*(whose + name for whose in _WHOSE for name in _PART), *_TOKENS)
+_OWN = {whose + name for whose in _WHOSE for name in _PART[:2]}  # differ from rank to rank
+_SUMS = {"ids or mask", "rows"}  # numbers that say nothing to a reader
+_UNKNOWN = -(2**62)
 
-    One collective and a synchronisation.
+
+class Agreement:
+    """``with`` this, the ranks of a group check their arguments together, where values are validated: what is not the same on all is a ValueError on
+    all, and an error on one is raised there, and as a ValueError on the others, which would wait for it otherwise.
+
+    One collective and a synchronisation, at the end. ``x`` decides whether values are validated, where ``validate`` does not.
     """
-    check_tensor("ids", ids, dtypes=INTS)
-    if mask is not None:
-        check_tensor("mask", mask, shape=ids.shape)
-    counted = ids.flatten().long() if mask is None else torch.where(mask.flatten() != 0, ids.flatten().long(), -1)
-    weights = torch.arange(1, counted.numel() + 1, device=ids.device)  # a sum that depends on the order
-    shape = [*ids.shape, 0, 0, 0, 0][:4]
-    rows, width = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[-1])
-    numbers = [shard.first, shard.size, shard.total, width, shard.shares, rows, ids.numel(), *shape, 0]
-    mine = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
-    mine[-1] = ((counted * weights) % 2147483647).sum()
-    everyone = shard.gather(mine).tolist()
-    compared = ("vocabulary", "hidden width", "number of shares of hidden", "first dimension of hidden", "number of tokens")
-    for column, what in enumerate(compared, 2):
-        values = [row[column] for row in everyone]
-        if len(set(values)) > 1:
-            raise ValueError(f"the ranks of process_group differ in a {what}: {values}")
-    if any(row[7:] != everyone[0][7:] for row in everyone):
-        raise ValueError("the ranks of process_group differ in ids or mask; each needs all tokens, and the part of the vocabulary that is its own")
-    at = 0
-    for rank, (first, size, total, *_) in enumerate(everyone):
+
+    def __init__(self, process_group: Any, validate: bool | None, x: Any) -> None:
+        group = process_group.group if isinstance(process_group, VocabShard) else process_group
+        self.group = group if isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0 else None
+        known = x if isinstance(x, Tensor) else torch.empty(0, device=None if self.group is None else device_of_group(self.group))
+        self.validate = choose_validate(validate, known)
+        self.numbers: dict[str, int | Tensor] = {}
+
+    def part(self, shard: Shard | None, hidden: Tensor | None = None, whose: Literal["", "reference's "] = "") -> None:
+        """Put down which part of a vocabulary is here, and which hidden states."""
+        if shard is None or not self.validate:
+            return
+        self.group = shard.group  # known by now of a DTensor as well
+        rows, width = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[-1])
+        numbers = (shard.first, shard.size, shard.total, width, shard.sp_size, rows)
+        self.numbers |= {whose + name: number for name, number in zip(_PART, numbers, strict=True)}
+
+    def tokens(self, ids: Tensor, mask: Tensor | None, device: torch.device) -> None:
+        """Put down the tokens."""
+        if self.group is None or not self.validate:
+            return
+        check_tensor("ids", ids, dtypes=INTS, device=device)
+        if mask is not None:
+            check_tensor("mask", mask, shape=ids.shape, device=device)
+        counted = ids.flatten() if mask is None else torch.where(mask.flatten() != 0, ids.flatten(), -1)
+        numbers = (ids.numel(), *[*ids.shape, 0, 0, 0, 0][:4], _checksum(counted))
+        self.numbers |= dict(zip(_TOKENS, numbers, strict=False))
+
+    def rows(self, rows: Tensor | None, chunk: int) -> None:
+        """Put down which tokens are computed, and how many at a time."""
+        if self.group is None or not self.validate:
+            return
+        number, checksum = (-1, 0) if rows is None else (rows.numel(), _checksum(rows))
+        self.numbers |= {"number of rows": number, "rows": checksum, "rows of a chunk": chunk}
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if self.group is not None and self.validate and (error is None or isinstance(error, Exception)):
+            self._compare(self.group, error)
+
+    def _compare(self, group: dist.ProcessGroup, error: Exception | None) -> None:
+        mine = [self.numbers.get(name, _UNKNOWN) for name in _NAMES]
+        sent = torch.tensor([error is not None, *(0 if isinstance(n, Tensor) else n for n in mine)], dtype=torch.int64, device=device_of_group(group))
+        for i, n in enumerate(mine, 1):
+            if isinstance(n, Tensor):
+                sent[i] = n
+        failed, *columns = gathered(sent, group).t().tolist()
+        found = {name: values for name, values in zip(_NAMES, columns, strict=True) if _UNKNOWN not in values}
+        for name, values in found.items():
+            if name not in _OWN and len(set(values)) > 1:
+                what = f"{name}; each needs all tokens, and the part of the vocabulary that is its own" if name in _SUMS else f"{name}: {values}"
+                raise ValueError(f"the ranks of process_group differ in {what}") from error
+        for whose in _WHOSE:
+            if whose + _PART[0] in found:
+                _check_that_parts_follow(*(found[whose + name] for name in _PART[:3]))
+        if error is None and any(failed):
+            bad = [rank for rank, flag in enumerate(failed) if flag]
+            raise ValueError(f"process_group has ranks whose arguments cannot be used, {bad}; the errors that they raise say why")
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """A number that depends on the values and their order; integers wrap round."""
+    mixed = (x.long() + torch.arange(1, x.numel() + 1, device=x.device) * 0x1E3779B97F4A7C15) * 0x3F58476D1CE4E5B9
+    return ((mixed ^ (mixed >> 31)) * 0x14D049BB133111EB).sum()
+
+
+def _check_that_parts_follow(firsts: list[int], sizes: list[int], totals: list[int]) -> None:
+    at, total = 0, totals[0]
+    for rank, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
         if min(first, total) != min(at, total):
             raise ValueError(
                 f"the parts of the vocabulary do not follow each other: rank {rank} begins at {first}, but those before it end at {at}; "
-                f"sizes {[row[1] for row in everyone]}. Where they differ, pass VocabShard.of(size, group)"
+                f"sizes {sizes}. Where they differ, pass VocabShard.of(size, group)"
             )
         at = first + size
-    if at < shard.total:
-        raise ValueError(f"the parts of the vocabulary end at {at}, before its {shard.total} tokens do")
+    if at < total:
+        raise ValueError(f"the parts of the vocabulary end at {at}, before its {total} tokens do")

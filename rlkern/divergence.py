@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._backend import choose_backend, choose_validate
+from ._backend import choose_backend
 from ._checks import FLOATS, check_number, check_tensor
-from .distributed import ProcessGroup, check_same_inputs, local, shard_of
+from .distributed import Agreement, ProcessGroup, local, shard_of
 from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, local_head, shape_of_tokens, take_gradients
 from .ops.divergence import Divergence, LinearDivergence
 from .ops.logits import TRITON_DTYPES
@@ -49,7 +49,7 @@ def full_kl(
         logit_scale: positive factor of the logits (Cohere, Granite).
         process_group: the ranks among which the vocabulary is divided, both models' alike, as in :func:`rlkern.token_logprobs`. One all-gather of
             five numbers a row in the forward (a JSD takes another, of two), nothing in the backward; all ranks get the same bits.
-        validate: check that the ranks of ``process_group`` have the same tokens (two collectives and synchronisations). Default: on the CPU, or with
+        validate: check that the ranks of ``process_group`` have the same tokens (one collective and a synchronisation). Default: on the CPU, or with
             RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
 
@@ -135,7 +135,7 @@ def linear_full_kl(
         chunk_bytes: memory for the policy's logits of a chunk; the reference's come to it. Default: 64 MiB on a CPU, 1 GiB on a GPU.
         rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
         process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. One all-gather, or with a
-            frozen head one a chunk; a JSD takes one more a chunk.
+            frozen head one a chunk; of a JSD one a chunk and one for all, or with a frozen head two a chunk.
 
     Returns:
         Shape ``S``, float32 (float64 where any logits are).
@@ -222,26 +222,22 @@ def _backend_for(dtype: torch.dtype, ref_dtype: torch.dtype, device: torch.devic
 
 
 def _divided_alike(
+    agreement: Agreement,
     policy: tuple[Shard | None, Tensor | None],
     ref: tuple[Shard | None, Tensor | None],
     shape: torch.Size,
     device: torch.device,
     mask: Tensor | None,
-    validate: bool,
 ) -> str:
-    """Check the mask, and that both vocabularies, and hidden states if given, are divided alike; gives the part that is here, as operators take it.
-
-    What differs between ranks is looked at first, since all of them can say so.
-    """
+    """Check the mask, and that both vocabularies, and hidden states if given, are divided alike; gives the part that is here, for operators."""
     if mask is not None:
         check_tensor("mask", mask, device=device)
-    for shard, hidden in (policy, ref):
-        if shard is not None and validate:
-            ids = torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device)
-            check_same_inputs(shard, ids, mask, hidden)
-    shard, ref_shard = policy[0], ref[0]
+    (shard, hidden), (ref_shard, ref_hidden) = policy, ref
+    agreement.part(shard, hidden)
+    agreement.part(ref_shard, ref_hidden, "reference's ")
+    agreement.tokens(torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device), mask, device)
     if shard != ref_shard:
-        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.shares}" for x in (shard, ref_shard)]
+        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.sp_size}" for x in (shard, ref_shard)]
         raise ValueError(f"policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
     if mask is not None:
         check_tensor("mask", mask, shape=shape)
@@ -260,17 +256,18 @@ def _divergence(
     validate: bool | None,
     backend: str | None,
 ) -> Tensor:
-    check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    check_tensor("ref_logits", ref_logits, min_dim=2, dtypes=FLOATS)
-    (logits, group), (ref_logits, ref_group) = (local(name, x, -1, process_group) for name, x in (("logits", logits), ("ref_logits", ref_logits)))
-    shape, device = logits.shape[:-1], logits.device
-    shard, ref_shard = shard_of(group, logits.shape[-1]), shard_of(ref_group, ref_logits.shape[-1])
-    if logits.shape[-1] == 0 and shard is None:
-        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    part = _divided_alike((shard, None), (ref_shard, None), shape, device, mask, choose_validate(validate, logits))
-    check_tensor("ref_logits", ref_logits, shape=logits.shape, device=device)
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
+    with Agreement(process_group, validate, logits) as agreement:
+        check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
+        check_tensor("ref_logits", ref_logits, min_dim=2, dtypes=FLOATS)
+        (logits, group), (ref_logits, ref_group) = (local(name, x, -1, process_group) for name, x in (("logits", logits), ("ref_logits", ref_logits)))
+        shape, device = logits.shape[:-1], logits.device
+        shard, ref_shard = shard_of(group, logits.shape[-1]), shard_of(ref_group, ref_logits.shape[-1])
+        if logits.shape[-1] == 0 and shard is None:
+            raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+        part = _divided_alike(agreement, (shard, None), (ref_shard, None), shape, device, mask)
+        check_tensor("ref_logits", ref_logits, shape=logits.shape, device=device)
+        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+        backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
     return Divergence.apply(logits, ref_logits.detach(), mask, per_token, scale, cap, beta, backend, part)
 
 
@@ -296,19 +293,23 @@ def _linear_divergence(
     validate: bool | None,
     backend: str | None,
 ) -> Tensor:
-    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
-    ref_hidden, ref_weight, ref_bias, ref_shard = local_head(ref_hidden, ref_weight, ref_bias, process_group, "ref_")
-    dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-    ref_dtype = check_head(
-        ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_", sharded=ref_shard is not None
-    )
-    shape, device = shape_of_tokens(hidden, shard), hidden.device
-    must_validate = choose_validate(validate, hidden)
-    part = _divided_alike((shard, hidden), (ref_shard, ref_hidden), shape, device, mask, must_validate)
-    check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
-    check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    rows = check_rows(rows, shape.numel(), device, must_validate)
+    with Agreement(process_group, validate, hidden) as agreement:
+        hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
+        ref_hidden, ref_weight, ref_bias, ref_shard = local_head(ref_hidden, ref_weight, ref_bias, process_group, "ref_")
+        dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
+        ref_dtype = check_head(
+            ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_", sharded=ref_shard is not None
+        )
+        shape, device = shape_of_tokens(hidden, shard), hidden.device
+        part = _divided_alike(agreement, (shard, hidden), (ref_shard, ref_hidden), shape, device, mask)
+        check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
+        check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
+        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+        rows = check_rows(rows, shape.numel(), device, agreement.validate)
+        chunk = check_chunk(chunk_bytes, weight, dtype, shard)
+        agreement.rows(rows, chunk)
+        frozen = freezes_head(take_gradients(hidden, weight, bias), mode)
+        backend = _backend_for(dtype, ref_dtype, device, backend)
     return LinearDivergence.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -322,9 +323,9 @@ def _linear_divergence(
         beta,
         dtype,
         ref_dtype,
-        check_chunk(chunk_bytes, weight, dtype, shard),
+        chunk,
         device.type == "cpu" if compact is None else compact,
-        freezes_head(take_gradients(hidden, weight, bias), mode),
-        _backend_for(dtype, ref_dtype, device, backend),
+        frozen,
+        backend,
         part,
     ).view(shape)

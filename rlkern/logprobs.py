@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._backend import choose_backend, choose_validate
+from ._backend import choose_backend
 from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor
-from .distributed import ProcessGroup, VocabShard, check_same_inputs, is_distributed, local, shard_of
+from .distributed import Agreement, ProcessGroup, VocabShard, is_distributed, local, shard_of
 from .ops.keep import Restrict
 from .ops.linear import LinearLogprobs, chunk_rows
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, row_levels
@@ -20,16 +20,16 @@ def check_logits(
     logits: Tensor, ids: Tensor, mask: Tensor | None, process_group: ProcessGroup, validate: bool | None
 ) -> tuple[Tensor, torch.Size, torch.device, Shard | None, bool]:
     """Check logits, ids and mask; gives the logits that are here, S, the device, the part of the vocabulary, and whether to validate."""
-    check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-    logits, process_group = local("logits", logits, -1, process_group)
-    shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
-    if logits.shape[-1] == 0 and shard is None:
-        raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-    must_validate = choose_validate(validate, logits)
-    if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask)
-    _check_ids(ids, mask, shape, device)
-    return logits, shape, device, shard, must_validate
+    with Agreement(process_group, validate, logits) as agreement:
+        check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
+        logits, process_group = local("logits", logits, -1, process_group)
+        shape, device, shard = logits.shape[:-1], logits.device, shard_of(process_group, logits.shape[-1])
+        if logits.shape[-1] == 0 and shard is None:
+            raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
+        agreement.part(shard)
+        agreement.tokens(ids, mask, device)
+        _check_ids(ids, mask, shape, device)
+    return logits, shape, device, shard, agreement.validate
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
@@ -128,7 +128,7 @@ def local_head(
     """What is here of hidden states and a head, named with the prefix, and which part of the vocabulary that is."""
     check_tensor(f"{prefix}weight", weight, min_dim=2)
     same_tokens = isinstance(hidden, Tensor) and is_distributed(hidden)
-    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None)
+    hidden, tokens = local(f"{prefix}hidden", hidden, 0, None, hint=". Transpose or pack them: tokens are divided along the first dimension")
     bias = None if bias is None else local(f"{prefix}bias", bias, 0, process_group, same_tokens=same_tokens)[0]
     weight, process_group = local(f"{prefix}weight", weight, 0, process_group, same_tokens=same_tokens)
     shard = shard_of(process_group, weight.shape[0])
@@ -137,13 +137,13 @@ def local_head(
             raise ValueError(
                 f"{prefix}hidden is a DTensor of {tokens.total} in the first dimension, which {shard.ranks} ranks cannot share equally: pad it"
             )
-        shard = shard.sharing_rows()
+        shard = shard.sequence_parallel()
     return hidden, weight, bias, shard
 
 
 def shape_of_tokens(hidden: Tensor, shard: Shard | None) -> torch.Size:
     """S, also where the ranks share the hidden states."""
-    return torch.Size((hidden.shape[0] * (1 if shard is None else shard.shares), *hidden.shape[1:-1]))
+    return torch.Size((hidden.shape[0] * (1 if shard is None else shard.sp_size), *hidden.shape[1:-1]))
 
 
 def check_head(
@@ -221,16 +221,19 @@ def check_linear(
     backend: str | None,
 ) -> LinearInputs:
     """Check the arguments that functions from hidden states share."""
-    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
-    dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-    shape, device = shape_of_tokens(hidden, shard), hidden.device
-    must_validate = choose_validate(validate, hidden)
-    if shard is not None and must_validate:
-        check_same_inputs(shard, ids, mask, hidden)
-    _check_ids(ids, mask, shape, device)
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-    rows = check_rows(rows, ids.numel(), device, must_validate)
-    offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
+    with Agreement(process_group, validate, hidden) as agreement:
+        hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
+        dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
+        shape, device, must_validate = shape_of_tokens(hidden, shard), hidden.device, agreement.validate
+        agreement.part(shard, hidden)
+        agreement.tokens(ids, mask, device)
+        _check_ids(ids, mask, shape, device)
+        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+        rows = check_rows(rows, ids.numel(), device, must_validate)
+        chunk = check_chunk(chunk_bytes, weight, dtype, shard)
+        agreement.rows(rows, chunk)
+        offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
+        backend = choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES)
     return LinearInputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -244,10 +247,10 @@ def check_linear(
         scale,
         cap,
         dtype,
-        check_chunk(chunk_bytes, weight, dtype, shard),
+        chunk,
         device.type == "cpu" if compact is None else compact,
         must_validate,
-        choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES),
+        backend,
         "" if shard is None else shard.text,
     )
 
@@ -326,7 +329,8 @@ def token_logprobs(
             log-prob -inf.
         process_group: the ranks among which the vocabulary is divided, each with the logits of its part, in the order of the ranks, for the same
             tokens; a group whose ranks hold equally many, or a :class:`rlkern.VocabShard`. A DTensor says so itself. One all-gather of four numbers a
-            row in the forward, nothing in the backward; all ranks get the same bits.
+            row in the forward, nothing in the backward; all ranks get the same bits. All must make the same loss of the result, of all tokens: the
+            gradient that comes back is taken to be equal on all ranks. A loss of the rank's own tokens alone gives wrong gradients.
         validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Unchecked, a row
             whose id does not is NaN.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.

@@ -1,10 +1,12 @@
 """A problem whose vocabulary is divided among ranks, in parts of different sizes; what they find is compared with what one process does."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from judge import assert_accurate
 from torch import Tensor
 
@@ -104,3 +106,27 @@ def collectives(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     kinds = {"c10d::_allgather_base_": "gather", "c10d::allreduce_": "sum", "c10d::_reduce_scatter_base_": "share of the sum"}
     counts = Counter(kinds.get(e.name, e.name) for e in profile.events() if e.name.startswith("c10d::"))
     return result, dict(counts)
+
+
+def errors_of(attempts: dict[str, Callable[[], Any]]) -> dict[str, str]:
+    """What each says on this rank; all ranks make the same attempts."""
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            said[name] = "no error"
+        except (ValueError, TypeError) as e:
+            said[name] = str(e)
+        dist.barrier()  # nobody is left behind in a collective
+    return said
+
+
+def assert_said_on_one_rank(said: list[dict[str, str]], expected: dict[str, str]) -> None:
+    """The last rank says what is wrong with its arguments, the others that it is the last rank's, or all how they differ."""
+    *others, last = said
+    elsewhere = rf"ranks whose arguments cannot be used, \[{len(others)}\]"
+    for rank in said:
+        assert rank.keys() == expected.keys()
+        for name, pattern in expected.items():
+            wanted = pattern if rank is last or pattern.startswith("differ") else elsewhere
+            assert re.search(wanted, rank[name]), f"{name}: {rank[name]}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided import SCALING, SIZES, H, V, assert_same, collectives, inputs, nan, problem, shareable
+from divided import SCALING, SIZES, H, V, assert_said_on_one_rank, assert_same, collectives, errors_of, inputs, nan, problem, shareable
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -225,15 +225,22 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
             x["hidden"].split((2, 1))[rank], x["weight"], p["ids"], mask=p["mask"], process_group=sharing[0]
         ),
         "ids of a share": lambda: rk.linear_token_logprobs(x["hidden"], x["weight"], p["ids"], mask=p["mask"], process_group=sharing[0]),
+        "number of rows": lambda: rk.linear_token_logprobs(
+            x["hidden"], x["weight"], p["ids"], rows=torch.arange(4 + rank), process_group=world_group
+        ),
+        "other rows": lambda: rk.linear_token_logprobs(
+            x["hidden"], x["weight"], p["ids"], rows=torch.tensor([3, 1, 2]).roll(rank), process_group=world_group
+        ),
+        "rows of one": lambda: rk.linear_token_logprobs(
+            x["hidden"], x["weight"], p["ids"], rows=torch.arange(4) if rank else None, process_group=world_group
+        ),
+        "other chunks": lambda: rk.linear_token_logprobs(
+            x["hidden"], x["weight"].detach(), p["ids"], chunk_bytes=384 * (1 + rank), process_group=world_group
+        ),
         "no group": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group="world"),
         "not a member": lambda: rk.token_logprobs(x["logits"], p["ids"], process_group=dist.GroupMember.NON_GROUP_MEMBER),
     }
-    said = {}
-    for name, attempt in attempts.items():
-        with pytest.raises((ValueError, TypeError)) as e:
-            attempt()
-        said[name] = str(e.value)
-        dist.barrier()  # nobody is left behind in a collective
+    said = errors_of(attempts)
     unchecked = rk.token_logprobs(x["logits"], p["ids"].masked_fill(p["ids"] < 0, V + 40), process_group=world_group, validate=False)
     assert bool(unchecked[1, 5].isnan())  # beyond every shard: never a plausible number
     return said
@@ -242,19 +249,23 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
 def test_bad_set_ups_are_errors_on_every_rank():
     said = on_ranks(2, fail_on_a_rank)
     expected = {
-        "sizes differ": "differ in a vocabulary: \\[24, 22\\]",
+        "sizes differ": "differ in vocabulary: \\[24, 22\\]",
         "gap": "rank 1 begins at 13, but those before it end at 12",
         "not all": "end at 24, before its 40 tokens do",
         "other ids": "differ in ids or mask",
-        "other tokens": "differ in a number of tokens: \\[18, 12\\]",
+        "other tokens": "differ in number of tokens: \\[18, 12\\]",
         "other vocabulary": "vocab_size must be the same on all ranks, got \\[23, 24\\]",
         "too few": "vocab_size is 25, but the ranks hold \\[12, 12\\]",
         "another shard": "VocabShard is of 11 tokens, but the tensor has 12",
         "id": "outside the vocabulary \\[0, 24\\)",
         "sharing differs": "sequence_parallel must be the same on all ranks, got \\[True, False\\]",
-        "one shares": "differ in a number of shares of hidden: \\[2, 1\\]",
-        "unequal shares": "differ in a first dimension of hidden: \\[2, 1\\]",
+        "one shares": "differ in number of shares of hidden: \\[2, 1\\]",
+        "unequal shares": "differ in first dimension of hidden: \\[2, 1\\]",
         "ids of a share": "ids must have shape \\(6, 6\\), got \\(3, 6\\)",
+        "number of rows": "differ in number of rows: \\[4, 5\\]",
+        "other rows": "differ in rows",
+        "rows of one": "differ in number of rows: \\[-1, 4\\]",
+        "other chunks": "differ in rows of a chunk",
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
         "not a member": "process_group must be",
     }
@@ -263,6 +274,59 @@ def test_bad_set_ups_are_errors_on_every_rank():
         assert said[rank].keys() == expected.keys()
         for name, pattern in expected.items():
             assert re.search(pattern, said[rank][name]), f"rank {rank}, {name}: {said[rank][name]}"
+
+
+def fail_on_one_rank(rank: int, world: int) -> dict[str, str]:
+    """What set-ups say that are bad on the last rank alone; they would end well on the others, which wait for it."""
+    p = problem(world)
+    x, ids = inputs(p, rank, world), p["ids"].clamp(min=0)
+    group, bad = dist.group.WORLD, rank == world - 1
+    part = rk.VocabShard(group, 12 * rank, 11 if bad else 12, V)
+    keep = rk.KeptTokens(torch.arange(19), ids.flatten())
+
+    def linear(**options: Any) -> Tensor:
+        given = {"hidden": x["hidden"], "weight": x["weight"], "ids": ids, "process_group": group, **options}
+        return rk.linear_token_logprobs(**given)
+
+    attempts = {
+        "another shard": lambda: rk.token_logprobs(x["logits"], ids, process_group=part),
+        "no logits": lambda: rk.token_logprobs(None if bad else x["logits"], ids, process_group=group),
+        "float ids": lambda: rk.token_logprobs(x["logits"], ids.float() if bad else ids, process_group=group),
+        "no ids": lambda: rk.fused_policy_loss(x["logits"], None if bad else ids, p["old"], p["advantages"], process_group=group),
+        "mask": lambda: rk.token_logprobs(x["logits"], ids, mask=p["mask"][:, : 5 if bad else 6], process_group=group),
+        "width": lambda: linear(weight=x["weight"][:, : 7 if bad else 8]),
+        "head's shard": lambda: linear(process_group=part),
+        "float ids, linear": lambda: linear(ids=ids.float() if bad else ids),
+        "bias": lambda: linear(bias=x["bias"][: 11 if bad else 12]),
+        "temperature": lambda: linear(temperature=0 if bad else 1),
+        "rows": lambda: linear(rows=torch.tensor([0, 18 if bad else 17])),
+        "keep": lambda: linear(keep=keep._replace(offsets=keep.offsets + 1) if bad else keep),
+        "loss": lambda: rk.fused_linear_policy_loss(
+            x["hidden"], x["weight"][:, : 7 if bad else 8], ids, p["old"], p["advantages"], process_group=group
+        ),
+        "own loss": lambda: rk.fused_linear_loss(x["hidden"], x["weight"], ids[: 2 if bad else 3], lambda lp, h: -lp, process_group=group),
+    }
+    return errors_of(attempts)
+
+
+def test_what_is_bad_on_one_rank_is_an_error_on_all():
+    expected = {
+        "another shard": "VocabShard is of 11 tokens, but the tensor has 12",
+        "no logits": "logits must be a torch.Tensor, got NoneType",
+        "float ids": "ids must have a dtype of",
+        "no ids": "ids must be a torch.Tensor, got NoneType",
+        "mask": "mask must have shape \\(3, 6\\), got \\(3, 5\\)",
+        "width": "weight must have shape \\[V, 8\\]",
+        "head's shard": "VocabShard is of 11 tokens, but the tensor has 12",
+        "float ids, linear": "ids must have a dtype of",
+        "bias": "bias must have shape",
+        "temperature": "temperature must be a number > 0",
+        "rows": "rows must be different positions in \\[0, 18\\)",
+        "keep": "keep.offsets must rise from 0",
+        "loss": "weight must have shape \\[V, 8\\]",
+        "own loss": "differ in number of tokens: \\[18, 12\\]",
+    }
+    assert_said_on_one_rank(on_ranks(2, fail_on_one_rank), expected)
 
 
 # ---- DTensor --------------------------------------------------------------------------------------------------------------------------------
@@ -287,6 +351,9 @@ def dtensors_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
     wrong = distribute_tensor(x["weight"].detach(), mesh, [Shard(1)])
     with pytest.raises(ValueError, match="divided along dimension 0"):
         rk.linear_token_logprobs(divided["hidden"], wrong, p["ids"])
+    along_time = distribute_tensor(whole["hidden"].detach(), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"divided along dimension 0 .*Shard\(dim=1\),?\)\. Transpose or pack them"):
+        rk.linear_token_logprobs(along_time, divided["weight"], p["ids"])
     plain = {**divided, "hidden": whole["hidden"].detach().requires_grad_()}
     cases = {"logits": (False, divided, None), "linear": (True, divided, None), "linear, by a group": (True, plain, mesh.get_group())}
     shared = distribute_tensor(whole["hidden"].detach(), mesh, [Shard(0)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided import SCALING, SIZES, V, assert_same, collectives, inputs, nan, part, problem, shareable
+from divided import SCALING, SIZES, V, assert_said_on_one_rank, assert_same, collectives, errors_of, inputs, nan, part, problem, shareable
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -245,33 +245,64 @@ def fail_on_a_rank(rank: int, world: int) -> dict[str, str]:
             x["hidden"], x["weight"], y["hidden"].split((1, 2))[rank], y["weight"], mask=p["mask"], process_group=sharing
         ),
         "mask of a share": lambda: rk.linear_full_kl(x["hidden"], x["weight"], y["hidden"], y["weight"], mask=p["mask"], process_group=sharing),
+        "other rows": lambda: rk.linear_full_kl(
+            x["hidden"], x["weight"], y["hidden"], y["weight"], rows=torch.tensor([1, 3]).roll(rank), process_group=group
+        ),
         "no group": lambda: rk.generalized_jsd(x["logits"], y["logits"], process_group="world"),
     }
-    said = {}
-    for name, attempt in attempts.items():
-        with pytest.raises((ValueError, TypeError)) as e:
-            attempt()
-        said[name] = str(e.value)
-        dist.barrier()  # nobody is left behind in a collective
-    return said
+    return errors_of(attempts)
 
 
 def test_bad_set_ups_are_errors_on_every_rank():
     expected = {
-        "other sizes": "differ in a vocabulary: \\[24, 22\\]",
+        "other sizes": "differ in reference's vocabulary: \\[24, 22\\]",
         "other masks": "differ in ids or mask",
         "gap": "rank 1 begins at 13, but those before it end at 12",
-        "other head": "differ in a vocabulary: \\[22, 24\\]",
-        "other width": "differ in a hidden width: \\[5, 4\\]",
-        "unequal shares": "differ in a first dimension of hidden: \\[1, 2\\]",
-        "unequal shares of one": "differ in a first dimension of hidden: \\[1, 2\\]",
+        "other head": "differ in reference's vocabulary: \\[22, 24\\]",
+        "other width": "differ in reference's hidden width: \\[5, 4\\]",
+        "unequal shares": "differ in first dimension of hidden: \\[1, 2\\]",
+        "unequal shares of one": "differ in reference's first dimension of hidden: \\[1, 2\\]",
         "mask of a share": "mask must have shape \\(6, 6\\), got \\(3, 6\\)",
+        "other rows": "differ in rows",
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
     }
     for said in on_ranks(2, fail_on_a_rank):
         assert said.keys() == expected.keys()
         for name, pattern in expected.items():
             assert re.search(pattern, said[name]), f"{name}: {said[name]}"
+
+
+def fail_on_one_rank(rank: int, world: int) -> dict[str, str]:
+    p = problem(world)
+    x, y = inputs(p, rank, world), reference(p, rank, world)
+    x, y = ({name: torch.nan_to_num(t.detach()) for name, t in z.items()} for z in (x, y))
+    group, bad = dist.group.WORLD, rank == world - 1
+    part = rk.VocabShard(group, 12 * rank, 11 if bad else 12, V)
+
+    def linear(**options: Any) -> Tensor:
+        return rk.linear_full_kl(x["hidden"], x["weight"], y["hidden"], options.pop("ref_weight", y["weight"]), process_group=group, **options)
+
+    attempts = {
+        "another shard": lambda: rk.full_kl(x["logits"], y["logits"], process_group=part),
+        "no reference": lambda: rk.full_kl(x["logits"], None if bad else y["logits"], process_group=group),
+        "mask": lambda: rk.full_kl(x["logits"], y["logits"], mask="all" if bad else p["mask"], process_group=group),
+        "one divided otherwise": lambda: linear(ref_weight=y["weight"][: 11 if bad else 12]),
+        "width": lambda: linear(ref_weight=y["weight"][:, : 4 if bad else 5]),
+        "logit_scale": lambda: linear(logit_scale=-1.0 if bad else 1.0),
+    }
+    return errors_of(attempts)
+
+
+def test_what_is_bad_on_one_rank_is_an_error_on_all():
+    expected = {
+        "another shard": "VocabShard is of 11 tokens, but the tensor has 12",
+        "no reference": "ref_logits must be a torch.Tensor, got NoneType",
+        "mask": "mask must be a torch.Tensor, got str",
+        "one divided otherwise": "differ in reference's vocabulary: \\[24, 22\\]",
+        "width": "ref_weight must have shape \\[V, 5\\]",
+        "logit_scale": "logit_scale must be a number > 0",
+    }
+    assert_said_on_one_rank(on_ranks(2, fail_on_one_rank), expected)
 
 
 # ---- DTensor --------------------------------------------------------------------------------------------------------------------------------

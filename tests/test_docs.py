@@ -2,8 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()]
@@ -12,10 +16,44 @@ PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "example"}
+    run_examples(page)
+
+
+def run_examples(page: Path) -> dict[str, Any]:
+    """What the examples of a page define."""
+    namespace: dict[str, Any] = {"__name__": "example"}
     for block in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         line = page.read_text()[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    return namespace
+
+
+def call_distributed_examples(rank: int, world: int) -> None:
+    """Those of docs/distributed.md only define functions."""
+    examples = run_examples(ROOT / "docs" / "distributed.md")
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 11, bias=False)
+    ids, tokens = torch.randint(11, (3, 6), generator=g), (torch.full((3, 6), -2.4), torch.randn(3, generator=g), torch.ones(3, 6))
+    gradients = []
+    for name in ("on_each_rank", "on_each_rank_with_a_share", "loss_under_fsdp"):
+        hidden = (0.1 * torch.randn(3, 6, 8, generator=g.manual_seed(1))).requires_grad_()
+        head.weight.grad = None
+        if name == "loss_under_fsdp":
+            examples[name](hidden, head, ids, *tokens).backward()
+        else:
+            examples[name](dist.group.WORLD, hidden, head.weight, ids, *tokens)
+        assert hidden.grad is not None
+        assert head.weight.grad is not None
+        gradients.append((hidden.grad, head.weight.grad))
+    assert all(bool(x.any()) for x in gradients[0])
+    for mine in gradients[1:]:
+        for a, b in zip(mine, gradients[0], strict=True):
+            torch.testing.assert_close(a, b)
+    assert {name for name, x in examples.items() if callable(x)} == {"on_each_rank", "on_each_rank_with_a_share", "loss_under_fsdp"}
+
+
+def test_distributed_examples_run_when_called():
+    on_ranks(1, call_distributed_examples)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))

@@ -145,7 +145,7 @@ class Gradients:
                 product(grad, self.head.weight, part)
             else:
                 part = (grad @ self.head.weight).to(self.hidden.dtype)
-            if self.head.part is not None and self.head.part.shares == 1:
+            if self.head.part is not None and self.head.part.sp_size == 1:
                 self.sums.append((self.head.part.start_sum(part), None if there else where, part))
             elif not there:
                 self.hidden[where] = part
@@ -165,7 +165,7 @@ class Gradients:
             self.hidden.zero_()
             self.weight.zero_()
         self.whole_weight[len(self.weight) :] = 0
-        if self.head.part is not None and self.head.part.shares > 1 and self.hidden.numel():
+        if self.head.part is not None and self.head.part.sp_size > 1 and self.hidden.numel():
             self.hidden = self.head.part.sum_of_my_rows(self.hidden)
         return self.hidden, self.whole_weight, self.whole_bias
 

@@ -18,14 +18,14 @@ _GROUPS: dict[str, dist.ProcessGroup] = {}
 class Shard(NamedTuple):
     """Of ``size`` columns on this rank those are tokens that lie below ``total``: the tokens from ``first`` on.
 
-    Of hidden states it has all rows, or where the ranks share them the ``share``-th of ``shares`` equal parts.
+    Of hidden states it has all rows, or under sequence parallelism part ``sp_rank`` of ``sp_size`` equal ones.
     """
 
     first: int
     size: int
     total: int
-    share: int
-    shares: int
+    sp_rank: int
+    sp_size: int
     group_name: str
 
     @classmethod
@@ -34,9 +34,9 @@ class Shard(NamedTuple):
         _GROUPS[group.group_name] = group
         return cls(first, size, total, 0, 1, group.group_name)
 
-    def sharing_rows(self) -> Shard:
-        """With a share of the rows."""
-        return self._replace(share=dist.get_rank(self.group), shares=self.ranks)
+    def sequence_parallel(self) -> Shard:
+        """With a part of the rows, as has each rank of the group."""
+        return self._replace(sp_rank=dist.get_rank(self.group), sp_size=self.ranks)
 
     @property
     def text(self) -> str:
@@ -48,8 +48,8 @@ class Shard(NamedTuple):
         """None for "", a vocabulary that is here whole."""
         if not text:
             return None
-        first, size, total, share, shares, group_name = text.split(" ", 5)
-        return cls(int(first), int(size), int(total), int(share), int(shares), group_name)
+        first, size, total, sp_rank, sp_size, group_name = text.split(" ", 5)
+        return cls(int(first), int(size), int(total), int(sp_rank), int(sp_size), group_name)
 
     @property
     def columns(self) -> int:
@@ -76,26 +76,26 @@ class Shard(NamedTuple):
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """``x`` of all rows, given this rank's share; one collective where that is not all."""
-        return x if self.shares == 1 else self.gather(x).flatten(0, 1)
+        return x if self.sp_size == 1 else self.gather(x).flatten(0, 1)
 
     def sum_of_my_rows(self, x: Tensor) -> Tensor:
         """This rank's share of the rows of the sum of ``x`` over the ranks, by one collective."""
-        out = x.new_empty(x.shape[0] // self.shares, *x.shape[1:])
+        out = x.new_empty(x.shape[0] // self.sp_size, *x.shape[1:])
         _reduce_scatter(out, x, group=self.group)
         return out
 
 
 def all_rows(x: Tensor, part: Shard | None) -> int:
     """How many rows there are, where this rank has those of ``x [..., H]``."""
-    return x.shape[:-1].numel() * (1 if part is None else part.shares)
+    return x.shape[:-1].numel() * (1 if part is None else part.sp_size)
 
 
 def my_rows(x: Tensor, part: Shard | None) -> Tensor:
     """This rank's share of the rows of ``x``."""
     if part is None:
         return x
-    rows = x.shape[0] // part.shares
-    return x[part.share * rows : (part.share + 1) * rows]
+    rows = x.shape[0] // part.sp_size
+    return x[part.sp_rank * rows : (part.sp_rank + 1) * rows]
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
