@@ -83,13 +83,17 @@ class Engine(Protocol):
         ...
 
 
-class Generate:
+class FromPolicy:
+    """What samples from the policy itself, by transformers."""
+
     def __init__(self, model: Any, sampling: Sampling):
         self.model, self.sampling, self.config = model, sampling, sampling.generation_config()
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Samples from the policy itself."""
+        """The policy has them."""
 
+
+class Generate(FromPolicy):
     def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
         ids, mask = pad_left(prompts, self.sampling.pad, self.sampling.device)
         size = self.sampling.batch_size or len(prompts)
@@ -131,15 +135,12 @@ class _TakenLogprobs(transformers.LogitsProcessor):
 PAGE = 256  # tokens in a page of the cache; kernels of flash attention want multiples of 256
 
 
-class Continuous:
+class Continuous(FromPolicy):
     def __init__(self, model: Any, sampling: Sampling):
         if not hasattr(getattr(transformers, "ContinuousBatchingConfig", None), "page_size"):
             raise InputError(f"continuous batching needs transformers 5.20 or newer, not {transformers.__version__}", field="engine")
         sampling.require_whole_vocabulary("continuous batching")
-        self.model, self.sampling, self.config = model, sampling, sampling.generation_config()
-
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Samples from the policy itself."""
+        super().__init__(model, sampling)
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
         size = min(self.sampling.batch_size or len(prompts), len(prompts))

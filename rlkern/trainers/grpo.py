@@ -130,9 +130,7 @@ class GRPO(PolicyRun):
 
     def step(self, step: int) -> dict[str, float]:
         args, accelerator, config = self.args, self.accelerator, self.args.loss_config()
-        learning_rate = args.learning_rate * args.learning_rate_factor(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = self.set_learning_rate(self.optimizer, args.learning_rate, step)
 
         # 1. Sample a group of completions for each prompt; every process takes its share of the prompts.
         rows, batch, texts = self.rollout(step)

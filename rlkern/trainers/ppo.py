@@ -191,13 +191,11 @@ class PPO(PolicyRun):
 
     def step(self, step: int) -> dict[str, float]:
         args, accelerator = self.args, self.accelerator
-        factor = args.learning_rate_factor(step)
-        trained = {"grad_norm": (self.policy, self.optimizer, args.learning_rate)}
+        learning_rate = self.set_learning_rate(self.optimizer, args.learning_rate, step)
+        trained = {"grad_norm": (self.policy, self.optimizer)}
         if self.critic is not None:
-            trained["critic_grad_norm"] = self.critic, self.critic_optimizer, args.critic_learning_rate or args.learning_rate
-        for _, optimizer, learning_rate in trained.values():
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * factor
+            self.set_learning_rate(self.critic_optimizer, args.critic_learning_rate or args.learning_rate, step)
+            trained["critic_grad_norm"] = self.critic, self.critic_optimizer
 
         # 1. Sample completions and score them; every process takes its share of the prompts.
         rows, batch, texts = self.rollout(step)
@@ -215,16 +213,17 @@ class PPO(PolicyRun):
         norms: dict[str, list[Tensor]] = {name: [] for name in trained}
         for _ in range(args.epochs):
             for parts in self.minibatches(len(rows)):
-                tokens = self.normalizer(lengths[torch.cat(parts)], "token-mean")
-                normalizer = self.normalizer(lengths[torch.cat(parts)], args.loss_config().aggregation)
+                minibatch = lengths[torch.cat(parts)]
+                tokens = self.normalizer(minibatch, "token-mean")
+                normalizer = self.normalizer(minibatch, args.loss_config().aggregation)
                 for part in parts:
                     with ExitStack() as stack:
-                        for model, _, _ in trained.values() if part is not parts[-1] else ():
+                        for model, _ in trained.values() if part is not parts[-1] else ():
                             stack.enter_context(accelerator.no_sync(model))
                         loss, metrics = self.losses(experience.rows(part), tokens, normalizer)
                     losses.append(loss)
                     sums.append(metrics)
-                for name, (model, optimizer, _) in trained.items():
+                for name, (model, optimizer) in trained.items():
                     norms[name].append(self.descend(model, optimizer))
 
         # 4. Report.
@@ -243,7 +242,7 @@ class PPO(PolicyRun):
         numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
         numbers |= dict(zip(("loss", "value_loss"), (accelerator.reduce(torch.stack(losses).sum(0), "sum") / updates).tolist(), strict=False))
         numbers |= {name: torch.stack(of).mean().item() for name, of in norms.items()}
-        numbers |= mismatch | {"kl_coef": self.kl.coef, "learning_rate": args.learning_rate * factor}
+        numbers |= mismatch | {"kl_coef": self.kl.coef, "learning_rate": learning_rate}
         if self.reference is not None:
             self.kl.update(numbers["kl"], args.prompts_per_step * args.samples_per_prompt)
         if numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score":

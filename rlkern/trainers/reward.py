@@ -97,9 +97,7 @@ class RewardRun(runs.Run):
     def step(self, step: int) -> dict[str, float]:
         args, accelerator = self.args, self.accelerator
         runs.seed_all(args.seed, step, self.rank)
-        learning_rate = args.learning_rate * args.learning_rate_factor(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = self.set_learning_rate(self.optimizer, args.learning_rate, step)
 
         # 1. Draw prompts with their answers; every process takes its share.
         total = args.prompts_per_step

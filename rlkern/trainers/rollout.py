@@ -79,7 +79,8 @@ class Sampler:
 
     def ended(self, batch: Completions) -> Tensor:
         """Which completions ended by themselves, [N]; the others were cut off at ``max_new_tokens``."""
-        return self._is_end(batch.ids[:, -batch.mask.shape[1] :]).any(1)
+        new = batch.ids[:, -batch.mask.shape[1] :]
+        return torch.isin(new, torch.tensor(self.ends, device=new.device)).any(1)
 
     def step_ends(self, ids: Tensor, mask: Tensor, steps: Sequence[str]) -> list[int]:
         """The position in a completion, of one row of :class:`Completions`, of the token with which each of the steps of its text ends."""
@@ -90,9 +91,6 @@ class Sampler:
             wanted = characters
             ends.append(bisect_left(range(len(tokens)), wanted, key=lambda i: len(self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=True))))
         return [*ends[:-1], len(tokens) - 1]  # the last step has the end of the sequence too
-
-    def _is_end(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.ends, device=ids.device))
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> tuple[Completions, list[str]]:
@@ -108,9 +106,8 @@ class Sampler:
         logprobs = None
         if self.sampling.logprobs:
             logprobs = torch.tensor([each + [0.0] * (longest - len(each)) for _, each in samples if each is not None], device=ids.device)
-        is_end = self._is_end(new).long()
-        mask = (is_end.cumsum(1) - is_end == 0).long()  # up to the first end, which counts; the padding id may be an end itself
-        texts = self.tokenizer.batch_decode(new * mask + self.pad * (1 - mask), skip_special_tokens=True)
+        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask, logprobs), texts
 
     def _check(self, samples: Sequence[Sample], count: int) -> None:

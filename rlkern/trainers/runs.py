@@ -251,6 +251,13 @@ class Run(ABC):
         """An optimiser of the model by the settings."""
         return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay)
 
+    def set_learning_rate(self, optimizer: Any, peak: float, step: int) -> float:
+        """What the schedule makes of ``peak`` in this step, set for the optimiser."""
+        learning_rate = peak * self.args.learning_rate_factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
     def share_of(self, count: int) -> slice:
         """Which of ``count`` things are this process's: as many as any other's, or one more or less."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
