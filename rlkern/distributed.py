@@ -204,6 +204,11 @@ class Agreement:
         self.validate = choose_validate(validate, known)
         self.numbers: dict[str, int | Tensor] = {}
 
+    @property
+    def is_sought(self) -> bool:
+        """Whether there is anything to put down."""
+        return self.validate and self.group is not None
+
     def part(self, shard: Shard | None, hidden: Tensor | None = None, whose: Literal["", "reference's "] = "") -> None:
         """Put down which part of a vocabulary is here, and which hidden states."""
         if shard is None or not self.validate:
@@ -215,7 +220,7 @@ class Agreement:
 
     def tokens(self, ids: Tensor, mask: Tensor | None, device: torch.device) -> None:
         """Put down the tokens."""
-        if self.group is None or not self.validate:
+        if not self.is_sought:
             return
         check_tensor("ids", ids, dtypes=INTS, device=device)
         if mask is not None:
@@ -226,7 +231,7 @@ class Agreement:
 
     def rows(self, rows: Tensor | None, chunk: int) -> None:
         """Put down which tokens are computed, and how many at a time."""
-        if self.group is None or not self.validate:
+        if not self.is_sought:
             return
         number, checksum = (-1, 0) if rows is None else (rows.numel(), _checksum(rows))
         self.numbers |= {"number of rows": number, "rows": checksum, "rows of a chunk": chunk}

@@ -235,7 +235,8 @@ def _divided_alike(
     (shard, hidden), (ref_shard, ref_hidden) = policy, ref
     agreement.part(shard, hidden)
     agreement.part(ref_shard, ref_hidden, "reference's ")
-    agreement.tokens(torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device), mask, device)
+    if agreement.is_sought:  # tokens without ids
+        agreement.tokens(torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device), mask, device)
     if shard != ref_shard:
         what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.sp_size}" for x in (shard, ref_shard)]
         raise ValueError(f"policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
