@@ -121,12 +121,17 @@ def errors_of(attempts: dict[str, Callable[[], Any]]) -> dict[str, str]:
     return said
 
 
+def assert_said_on_every_rank(said: list[dict[str, str]], expected: dict[str, str]) -> None:
+    """Each says of each attempt what the pattern of that name wants."""
+    for rank in said:
+        assert rank.keys() == expected.keys()
+        for name, pattern in expected.items():
+            assert re.search(pattern, rank[name]), f"{name}: {rank[name]}"
+
+
 def assert_said_on_one_rank(said: list[dict[str, str]], expected: dict[str, str]) -> None:
     """The last rank says what is wrong with its arguments, the others that it is the last rank's, or all how they differ."""
     *others, last = said
     elsewhere = rf"ranks whose arguments cannot be used, \[{len(others)}\]"
-    for rank in said:
-        assert rank.keys() == expected.keys()
-        for name, pattern in expected.items():
-            wanted = pattern if rank is last or pattern.startswith("differ") else elsewhere
-            assert re.search(wanted, rank[name]), f"{name}: {rank[name]}"
+    assert_said_on_every_rank([last], expected)
+    assert_said_on_every_rank(others, {name: pattern if pattern.startswith("differ") else elsewhere for name, pattern in expected.items()})

@@ -38,6 +38,14 @@ def save_questions(path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": tutorial.question(a, b), "answer": str(a + b)}) + "\n" for a, b in pairs))
 
 
+def save_files(directory: Path, rewards: str) -> Path:
+    """A model that knows nothing, prompts of several lengths, and rewards."""
+    save_tiny_model(directory / "model")
+    save_questions(directory / "data.jsonl")
+    (directory / "rewards.py").write_text(rewards)
+    return directory
+
+
 def sampling_settings(files: Path, output: Path) -> dict[str, Any]:
     """A short run of a trainer that samples, on ``model``, ``data.jsonl`` and ``rewards.py`` of a directory."""
     return {

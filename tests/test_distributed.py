@@ -1,12 +1,25 @@
 """Vocabularies divided among ranks: values and all gradients are those of one process, to rounding; every rank gets the same bits."""
 
-import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from divided import SCALING, SIZES, H, V, assert_said_on_one_rank, assert_same, collectives, errors_of, inputs, nan, problem, shareable
+from divided import (
+    SCALING,
+    SIZES,
+    H,
+    V,
+    assert_said_on_every_rank,
+    assert_said_on_one_rank,
+    assert_same,
+    collectives,
+    errors_of,
+    inputs,
+    nan,
+    problem,
+    shareable,
+)
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -269,11 +282,7 @@ def test_bad_set_ups_are_errors_on_every_rank():
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
         "not a member": "process_group must be",
     }
-
-    for rank in range(2):
-        assert said[rank].keys() == expected.keys()
-        for name, pattern in expected.items():
-            assert re.search(pattern, said[rank][name]), f"rank {rank}, {name}: {said[rank][name]}"
+    assert_said_on_every_rank(said, expected)
 
 
 def fail_on_one_rank(rank: int, world: int) -> dict[str, str]:

@@ -1,12 +1,25 @@
 """Divergences over a vocabulary that ranks share: values and all gradients are those of one process, to rounding; every rank gets the same bits."""
 
-import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from divided import SCALING, SIZES, V, assert_said_on_one_rank, assert_same, collectives, errors_of, inputs, nan, part, problem, shareable
+from divided import (
+    SCALING,
+    SIZES,
+    V,
+    assert_said_on_every_rank,
+    assert_said_on_one_rank,
+    assert_same,
+    collectives,
+    errors_of,
+    inputs,
+    nan,
+    part,
+    problem,
+    shareable,
+)
 from judge import assert_accurate
 from ranks import on_ranks
 from torch import Tensor
@@ -266,10 +279,7 @@ def test_bad_set_ups_are_errors_on_every_rank():
         "other rows": "differ in rows",
         "no group": "process_group must be a torch.distributed.ProcessGroup or a rlkern.VocabShard, got str",
     }
-    for said in on_ranks(2, fail_on_a_rank):
-        assert said.keys() == expected.keys()
-        for name, pattern in expected.items():
-            assert re.search(pattern, said[name]), f"{name}: {said[name]}"
+    assert_said_on_every_rank(on_ranks(2, fail_on_a_rank), expected)
 
 
 def fail_on_one_rank(rank: int, world: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_questions, save_tiny_model  # noqa: F401
+from runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_files  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import rlkern as rk
@@ -36,11 +36,7 @@ OWN = Path(__file__).with_name("own_engines.py")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("files")
-    save_tiny_model(directory / "model")
-    save_questions(directory / "data.jsonl")
-    (directory / "rewards.py").write_text(REWARDS)
-    return directory
+    return save_files(tmp_path_factory.mktemp("files"), REWARDS)
 
 
 def arguments(files: Path, output: Path, kind: str = "grpo", **changes) -> Any:

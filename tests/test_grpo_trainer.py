@@ -13,8 +13,7 @@ from runs import (  # noqa: F401
     die_at,
     fresh_accelerate,
     sampling_settings,
-    save_questions,
-    save_tiny_model,
+    save_files,
     train_and_kill,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -48,12 +47,7 @@ def unsure(steps, **fields):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A model that knows nothing, prompts of several lengths, and rewards."""
-    directory = tmp_path_factory.mktemp("files")
-    save_tiny_model(directory / "model")
-    save_questions(directory / "data.jsonl")
-    (directory / "rewards.py").write_text(REWARDS)
-    return directory
+    return save_files(tmp_path_factory.mktemp("files"), REWARDS)
 
 
 def settings(files: Path, output: Path, **changes) -> GRPOArguments:
