@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from ranks import CONTEXT
 from runs import fresh_accelerate, save_tiny_model  # noqa: F401
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
+from tqdm import tqdm
 
 from rlkern.trainers import grpo, ppo, reward, tutorial
 from rlkern.trainers.data import batch_at
@@ -63,6 +65,7 @@ def same_for_any_world(self: PolicyRun, step: int) -> tuple[list[Any], Any, list
 def _process(rank: int, world: int, port: int, kind: str, settings: dict[str, Any], how: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by what is forked, and stays held when a process is killed that draws its bar
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()} if world > 1 else {}
     if how["fsdp"]:  # as `accelerate launch --use-fsdp --fsdp-version 2` has it, which on its own knows FSDP on GPUs only
