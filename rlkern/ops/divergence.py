@@ -23,6 +23,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from .linear import Gradients, Head, empty_gradients, pick, spread, taking_part
 from .logits import Chunks, as_rows, locate, row_scale, scales, soft_capped
+from .operators import fake_of, operator
 from .shards import Shard, all_rows, my_rows, raised
 
 STATISTICS = 5
@@ -359,7 +360,7 @@ def tokens(logits: Tensor, part: Shard | None) -> Tensor:
     return logits if part is None else logits[..., : part.columns]
 
 
-@torch.library.custom_op("rlkern::divergence", mutates_args=())
+@operator("divergence")
 def divergence_op(
     logits: Tensor,
     ref_logits: Tensor,
@@ -377,12 +378,12 @@ def divergence_op(
     return out
 
 
-@divergence_op.register_fake
+@fake_of(divergence_op)
 def _(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return empty_results(logits, ref_logits, *logits.shape[:-1])
 
 
-@torch.library.custom_op("rlkern::divergence_backward", mutates_args=())
+@operator("divergence_backward")
 def divergence_backward_op(
     grad: Tensor,
     logits: Tensor,
@@ -404,7 +405,7 @@ def divergence_backward_op(
     return out
 
 
-@divergence_backward_op.register_fake
+@fake_of(divergence_backward_op)
 def _(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -466,7 +467,7 @@ class Heads:
             yield at, *self.policy.forward(at), self.ref.forward(at)[1], self.comparison.at(at)
 
 
-@torch.library.custom_op("rlkern::linear_divergence", mutates_args=())
+@operator("linear_divergence")
 def linear_divergence_op(
     hidden: Tensor,
     weight: Tensor,
@@ -512,7 +513,7 @@ def linear_divergence_op(
     return spread(divergence, index, n), spread(statistics, index, n), jacobian.results()[0]
 
 
-@linear_divergence_op.register_fake
+@fake_of(linear_divergence_op)
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -539,7 +540,7 @@ def _(
     return *empty_results(x, y, n), hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
 
-@torch.library.custom_op("rlkern::linear_divergence_backward", mutates_args=())
+@operator("linear_divergence_backward")
 def linear_divergence_backward_op(
     grad: Tensor,
     statistics: Tensor,
@@ -581,7 +582,7 @@ def linear_divergence_backward_op(
     return gradients.results()
 
 
-@linear_divergence_backward_op.register_fake
+@fake_of(linear_divergence_backward_op)
 def _(
     grad: Tensor,
     statistics: Tensor,

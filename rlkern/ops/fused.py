@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .._backend import device_of
 from ..config import PolicyLossConfig
 from .logits import LossTiling, Rows, Statistics, as_rows, check_ids, locate
+from .operators import fake_of, operator
 from .policy import Tokens, policy_loss_op, term_functions
 from .policy_terms import Options
 
@@ -123,7 +124,7 @@ def _policy_gradients(
     return statistics.logprob, statistics.entropy
 
 
-@torch.library.custom_op("rlkern::policy_gradients", mutates_args=())
+@operator("policy_gradients")
 def policy_gradients_op(
     logits: Tensor,
     ids: Tensor,
@@ -154,13 +155,13 @@ def policy_gradients_op(
     return *_policy_gradients(out, logits, ids, live, temperature, terms, *options), out
 
 
-@policy_gradients_op.register_fake
+@fake_of(policy_gradients_op)
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     statistics = Statistics.empty(logits, ids.shape, args[-3])
     return statistics.logprob, statistics.entropy, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("rlkern::policy_gradients_", mutates_args=("logits",))
+@operator("policy_gradients_", mutates=("logits",))
 def policy_gradients_inplace_op(
     logits: Tensor,
     ids: Tensor,
@@ -187,7 +188,7 @@ def policy_gradients_inplace_op(
     return _policy_gradients(logits, logits, ids, live, temperature, terms, *options)
 
 
-@policy_gradients_inplace_op.register_fake
+@fake_of(policy_gradients_inplace_op)
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     statistics = Statistics.empty(logits, ids.shape, args[-3])
     return statistics.logprob, statistics.entropy

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import state_dtype
+from .operators import fake_of, operator
 
 
-@torch.library.custom_op("rlkern::group_advantages", mutates_args=())
+@operator("group_advantages")
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor | None,
@@ -66,7 +67,7 @@ def group_advantages(
     return advantages.masked_fill(~scorable, 0).to(state_dtype(rewards))
 
 
-@group_advantages.register_fake
+@fake_of(group_advantages)
 def _(rewards: Tensor, *args: object) -> Tensor:
     return torch.empty(rewards.shape, dtype=state_dtype(rewards), device=rewards.device)
 

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import device_of
 from .logits import as_rows, locate
+from .operators import fake_of, operator
 
 
 def restrict_into(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tensor, rows: Tensor | None, backend: str) -> None:
@@ -45,7 +46,7 @@ def _triton_restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Te
         )
 
 
-@torch.library.custom_op("rlkern::restrict", mutates_args=())
+@operator("restrict")
 def restrict_op(logits: Tensor, offsets: Tensor, token_ids: Tensor, backend: str) -> Tensor:
     """The logits where kept, -inf elsewhere: a new, contiguous tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -53,7 +54,7 @@ def restrict_op(logits: Tensor, offsets: Tensor, token_ids: Tensor, backend: str
     return out
 
 
-@restrict_op.register_fake
+@fake_of(restrict_op)
 def _(logits: Tensor, offsets: Tensor, token_ids: Tensor, backend: str) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .fused import PolicyRows
 from .keep import restrict_into
 from .logits import Rows, Statistics, check_ids, live_rows
+from .operators import fake_of, operator
 from .shards import Shard, my_rows
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def rows_at(
 # ---- log-probs ------------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rlkern::linear_logprobs", mutates_args=())
+@operator("linear_logprobs")
 def linear_logprobs_op(
     hidden: Tensor,
     weight: Tensor,
@@ -269,14 +270,14 @@ def linear_logprobs_op(
     return *spread_all(out, index, ids.numel(), with_entropy), jacobian.results()[0]
 
 
-@linear_logprobs_op.register_fake
+@fake_of(linear_logprobs_op)
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     logits_dtype, _, with_entropy, with_jacobian, *_ = args[-8:]
     statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)
     return *statistics, hidden.new_empty(hidden.shape if with_jacobian else (0,))
 
 
-@torch.library.custom_op("rlkern::linear_logprobs_backward", mutates_args=())
+@operator("linear_logprobs_backward")
 def linear_logprobs_backward_op(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
@@ -332,7 +333,7 @@ def empty_gradients(
     )
 
 
-@linear_logprobs_backward_op.register_fake
+@fake_of(linear_logprobs_backward_op)
 def _(grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     logits_dtype, _, *needs = args[-8:-3]
     return empty_gradients(hidden, weight, logits_dtype, *needs)
@@ -511,7 +512,7 @@ def gradients_in_forward(
     return logprob, entropy, *gradients.results()
 
 
-@torch.library.custom_op("rlkern::linear_policy_gradients", mutates_args=())
+@operator("linear_policy_gradients")
 def linear_policy_gradients_op(
     hidden: Tensor,
     weight: Tensor,
@@ -569,7 +570,7 @@ def linear_policy_gradients_op(
     return gradients_in_forward(hidden, weight, bias, ids, live, temperature, rows, offsets, token_ids, *options, slopes)
 
 
-@linear_policy_gradients_op.register_fake
+@fake_of(linear_policy_gradients_op)
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     logits_dtype, _, with_entropy, *needs = args[-10:-4]
     statistics = Statistics.empty(torch.empty(0, dtype=logits_dtype, device=hidden.device), ids.shape, with_entropy)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import device_of
 from .._checks import state_dtype
+from .operators import fake_of, operator
 from .shards import Shard, merged
 
 IGNORE_INDEX = -100
@@ -440,7 +441,7 @@ def _torch_backward(out: Tensor, logits: Tensor, per_row: Rows, a: Tensor, b: Te
 # ---- custom ops and autograd ----------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rlkern::token_logprobs", mutates_args=())
+@operator("token_logprobs")
 def token_logprobs_op(
     logits: Tensor,
     ids: Tensor,
@@ -462,12 +463,12 @@ def token_logprobs_op(
     return out.logprob, out.entropy, out.row_max, out.log2_sum
 
 
-@token_logprobs_op.register_fake
+@fake_of(token_logprobs_op)
 def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(Statistics.empty(logits, ids.shape, args[-4]))
 
 
-@torch.library.custom_op("rlkern::token_logprobs_backward", mutates_args=())
+@operator("token_logprobs_backward")
 def token_logprobs_backward_op(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
@@ -490,12 +491,12 @@ def token_logprobs_backward_op(
     return out
 
 
-@token_logprobs_backward_op.register_fake
+@fake_of(token_logprobs_backward_op)
 def _(grad_logprob: Tensor, grad_entropy: Tensor | None, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("rlkern::token_logprobs_backward_", mutates_args=("logits",))
+@operator("token_logprobs_backward_", mutates=("logits",))
 def token_logprobs_backward_inplace_op(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,

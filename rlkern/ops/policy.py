@@ -13,6 +13,7 @@ from .._checks import state_dtype
 from ..config import PolicyLossConfig
 from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
 from ..surrogates import own_surrogate
+from .operators import fake_of, operator
 from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
 from .select import bits, select
 from .tokens import WARPS, Layout, divisor
@@ -220,7 +221,7 @@ def _torch_path(
 # ---- custom op and autograd -----------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rlkern::policy_loss", mutates_args=())
+@operator("policy_loss")
 def policy_loss_op(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -282,7 +283,7 @@ def _outputs(logprobs: Tensor, with_logprobs_gradient: bool, with_entropy_gradie
     return loss, results, grad_logprobs, grad_entropy
 
 
-@policy_loss_op.register_fake
+@fake_of(policy_loss_op)
 def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(logprobs, *args[10:12])
 

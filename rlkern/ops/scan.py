@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import device_of, multiprocessors
 from .._checks import check_cu_seqlens, state_dtype
+from .operators import fake_of, operator
 from .select import bits
 
 
@@ -47,7 +48,7 @@ def result_dtype(rewards: Tensor, values: Tensor | None) -> torch.dtype:
     return state_dtype(rewards if values is None or values.dtype != torch.float64 else values)
 
 
-@torch.library.custom_op("rlkern::lambda_returns", mutates_args=())
+@operator("lambda_returns")
 def lambda_returns(
     rewards: Tensor,
     values: Tensor | None,
@@ -97,7 +98,7 @@ def lambda_returns(
     return returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), moments
 
 
-@lambda_returns.register_fake
+@fake_of(lambda_returns)
 def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     returns = rewards.new_empty(rewards.shape, dtype=result_dtype(rewards, values))
     with_advantages, with_moments = args[-4:-2]
@@ -105,7 +106,7 @@ def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Te
     return torch.empty_like(returns) if with_advantages else returns.new_empty(0), returns, moments
 
 
-@torch.library.custom_op("rlkern::normalise", mutates_args=())
+@operator("normalise")
 def normalise(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: float, backend: str) -> Tensor:
     """(A - mean) / sqrt(var + eps) of contiguous advantages, 0 where masked; Bessel's variance, from the moments of :func:`lambda_returns`."""
     out = torch.empty_like(advantages)
@@ -136,7 +137,7 @@ def normalise(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: flo
     return out if mask is None else out.masked_fill_(mask == 0, 0)
 
 
-@normalise.register_fake
+@fake_of(normalise)
 def _(advantages: Tensor, *args: object) -> Tensor:
     return torch.empty_like(advantages)
 

@@ -12,6 +12,7 @@ from .._backend import device_of
 from .._checks import state_dtype
 from ..config import SEQUENCE_AGGREGATIONS
 from ..reference import sequence_sum, to_tokens
+from .operators import fake_of, operator
 from .select import as_number, bits, select
 from .tokens import Layout, divisor
 
@@ -104,7 +105,7 @@ def _torch_path(x: Values, clip: float, aggregation: str, max_length: float, los
 # ---- custom op and autograd -----------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rlkern::value_loss", mutates_args=())
+@operator("value_loss")
 def value_loss_op(
     values: Tensor,
     old_values: Tensor | None,
@@ -142,7 +143,7 @@ def _outputs(values: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-@value_loss_op.register_fake
+@fake_of(value_loss_op)
 def _(values: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(values, args[-2])
 
