@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from judge import assert_accurate
 from torch import Tensor
+
+from .judge import assert_accurate
 
 nan = float("nan")
 V, H = 23, 8

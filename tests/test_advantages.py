@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from judge import assert_accurate, error
 from torch import Tensor
 
 import rlkern as rk
 from rlkern import reference
 from rlkern.ops import groups as ops
+
+from .judge import assert_accurate, error
 
 nan = math.nan
 

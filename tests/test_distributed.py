@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided import (
+from torch import Tensor
+
+import rlkern as rk
+from rlkern.surrogates import SURROGATES
+
+from .divided import (
     SCALING,
     SIZES,
     H,
@@ -20,12 +25,8 @@ from divided import (
     problem,
     shareable,
 )
-from judge import assert_accurate
-from ranks import on_ranks
-from torch import Tensor
-
-import rlkern as rk
-from rlkern.surrogates import SURROGATES
+from .judge import assert_accurate
+from .ranks import on_ranks
 
 PRESETS = {
     name: getattr(rk.PolicyLossConfig, name)(kl_coef=0.1, **({"max_length": 6} if name == "dr_grpo" else {}))

@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided import (
+from torch import Tensor
+
+import rlkern as rk
+
+from .divided import (
     SCALING,
     SIZES,
     V,
@@ -20,11 +24,8 @@ from divided import (
     problem,
     shareable,
 )
-from judge import assert_accurate
-from ranks import on_ranks
-from torch import Tensor
-
-import rlkern as rk
+from .judge import assert_accurate
+from .ranks import on_ranks
 
 inf = float("inf")
 H_REF = 5

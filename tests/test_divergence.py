@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_accurate, rounding
 
 import rlkern as rk
 from bench.harness import memory
 from rlkern import reference
 from rlkern.ops import divergence as ops
 from rlkern.ops import linear as linear_ops
+
+from .judge import assert_accurate, rounding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # By the weight of the teacher in the mixture, which says it all: 0 is KL(ref || policy), 1 KL(policy || ref).

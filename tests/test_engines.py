@@ -12,7 +12,6 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_files  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import rlkern as rk
@@ -25,6 +24,8 @@ from rlkern.trainers.policy import PolicyRun
 from rlkern.trainers.ppo import PPO, PPOArguments
 from rlkern.trainers.rollout import Completions
 from rlkern.trainers.runs import Checkpoints, read_metrics, seed_all
+
+from .runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_files  # noqa: F401
 
 REWARDS = """
 def sevens(completions, **fields):
@@ -150,7 +151,7 @@ def test_a_failure_of_continuous_batching_is_an_error(files, tmp_path, monkeypat
 # ---- An engine of one's own -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [f"{OWN}:Spelling", "own_engines:Spelling"])
+@pytest.mark.parametrize("spec", [f"{OWN}:Spelling", "tests.own_engines:Spelling"])
 def test_an_engine_of_ones_own_gets_the_weights_and_its_completions_are_learned_from(files, tmp_path, spec):
     run = start(files, tmp_path / "run", engine=spec, epochs=1, minibatches=1)
     engine = run.sample.engine
@@ -182,7 +183,7 @@ def test_an_engine_of_ones_own_gets_the_weights_and_its_completions_are_learned_
     ],
 )
 def test_an_engine_that_does_not_keep_to_the_protocol(files, tmp_path, spec, message):
-    run = start(files, tmp_path / "run", engine=f"own_engines:{spec}", track_mismatch=True, eval_fraction=0.0)
+    run = start(files, tmp_path / "run", engine=f"tests.own_engines:{spec}", track_mismatch=True, eval_fraction=0.0)
     with pytest.raises(InputError, match=message) as error:
         rollout(run)
     assert error.value.field == "engine"
@@ -197,8 +198,8 @@ def test_an_engine_that_does_not_keep_to_the_protocol(files, tmp_path, spec, mes
             "'generator': expected generate, continuous, vllm, the URL of a vLLM server, module:Class or file.py:Class",
         ),
         ({"engine": "no_such_module:Engine"}, "engine", "cannot import no_such_module"),
-        ({"engine": "own_engines:Spellling"}, "engine", "has no class 'Spellling'; did you mean 'Spelling'"),
-        ({"engine": "own_engines:NoEngine"}, "engine", "needs the methods load_weights and sample"),
+        ({"engine": "tests.own_engines:Spellling"}, "engine", "has no class 'Spellling'; did you mean 'Spelling'"),
+        ({"engine": "tests.own_engines:NoEngine"}, "engine", "needs the methods load_weights and sample"),
         ({"engine": "vllm"}, "engine", "vllm cannot be imported"),
         ({"engine": "http://127.0.0.1:9"}, "engine", "http://127.0.0.1:9: "),
         ({"engine": "continuous", "track_mismatch": True, "top_k": 5}, "top_k", "continuous batching gives log-probs after top_k and top_p"),
@@ -271,7 +272,7 @@ def test_weights_and_metrics_are_the_formulas(files, tmp_path, level, correction
     run = start(
         files,
         tmp_path / "run",
-        engine="own_engines:Hotter",
+        engine="tests.own_engines:Hotter",
         rollout_correction=correction,
         correction_level=level,
         correction_low=1 / width if low else None,
@@ -325,7 +326,9 @@ def test_one_weight_a_completion_scales_every_loss(files, tmp_path, loss):
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_weights_reach_the_loss(files, tmp_path, kind, monkeypatch):
     """Each token's weight with its own completion; ratios stay those of training."""
-    run = start(files, tmp_path / "run", kind, engine="own_engines:Hotter", rollout_correction="truncate", correction_high=1.01, micro_batch_size=3)
+    run = start(
+        files, tmp_path / "run", kind, engine="tests.own_engines:Hotter", rollout_correction="truncate", correction_high=1.01, micro_batch_size=3
+    )
     made, seen = [], []
     mismatch, loss = run.mismatch, rk.fused_linear_policy_loss
     monkeypatch.setattr(run, "mismatch", lambda batch, old: made.append((batch, old, *mismatch(batch, old))) or made[-1][2:])

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judge import assert_accurate
 
 import rlkern as rk
 from rlkern.integrations import openrlhf, trl, verl
+
+from .judge import assert_accurate
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
 ROWS, TIME = 4, 6

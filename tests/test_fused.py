@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_accurate, rounding
 
 import rlkern as rk
 from bench.harness import memory
@@ -15,6 +14,8 @@ from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS
 from rlkern.ops import fused as fused_ops
 from rlkern.ops import linear as linear_ops
 from rlkern.surrogates import SURROGATES
+
+from .judge import assert_accurate, rounding
 
 Config = rk.PolicyLossConfig
 PRESETS = ["ppo", "grpo", "dapo", "dr_grpo", "bnpo", "luspo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo", "reinforce"]

@@ -7,15 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import (  # noqa: F401
-    Killed,
-    assert_same_run,
-    die_at,
-    fresh_accelerate,
-    sampling_settings,
-    save_files,
-    train_and_kill,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import rlkern as rk
@@ -26,6 +17,16 @@ from rlkern.trainers.grpo import GRPO, GRPOArguments, train
 from rlkern.trainers.rewards import load_rewards, score, steps_of
 from rlkern.trainers.rollout import Completions, load_scorer
 from rlkern.trainers.runs import Checkpoints, read_metrics
+
+from .runs import (  # noqa: F401
+    Killed,
+    assert_same_run,
+    die_at,
+    fresh_accelerate,
+    sampling_settings,
+    save_files,
+    train_and_kill,
+)
 
 REWARDS = """
 def sevens(completions, **fields):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from judge import assert_accurate
 
 import rlkern as rk
 from rlkern import reference
 from rlkern.ops.keep import restrict_op
+
+from .judge import assert_accurate
 
 SHAPE, H, V = (2, 5), 8, 1300
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_accurate, rounding
 
 import rlkern as rk
 from rlkern import reference
 from rlkern.ops import logits as ops
+
+from .judge import assert_accurate, rounding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge import assert_accurate
-from pages import before_and_after
 from safetensors import safe_open
 
 from rlkern.integrations import openrlhf as ours
+
+from .judge import assert_accurate
+from .pages import before_and_after
 
 
 def load():

@@ -10,13 +10,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from judge import assert_accurate
 
 import rlkern as rk
 from examples import own_surrogate
 from rlkern import reference
 from rlkern.config import RATIO_LEVELS
 from rlkern.ops.policy import METRICS
+
+from .judge import assert_accurate
 
 ROOT = Path(__file__).parents[1]
 Config = rk.PolicyLossConfig

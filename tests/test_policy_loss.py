@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from judge import assert_accurate, error
 from torch import Tensor
 
 import rlkern as rk
@@ -15,6 +14,8 @@ from rlkern import reference
 from rlkern.ops import tokens
 from rlkern.ops.policy import policy_loss_op
 from rlkern.surrogates import SURROGATES
+
+from .judge import assert_accurate, error
 
 Config = rk.PolicyLossConfig
 INTERPRETED = not torch.cuda.is_available()

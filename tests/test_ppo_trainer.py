@@ -8,15 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import (  # noqa: F401
-    Killed,
-    assert_same_run,
-    die_at,
-    fresh_accelerate,
-    sampling_settings,
-    save_files,
-    train_and_kill,
-)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from rlkern import cli
@@ -25,6 +16,16 @@ from rlkern.trainers.errors import InputError
 from rlkern.trainers.ppo import PPO, KLController, PPOArguments, train
 from rlkern.trainers.rollout import Completions, Sampler, load_scorer
 from rlkern.trainers.runs import Checkpoints, read_metrics
+
+from .runs import (  # noqa: F401
+    Killed,
+    assert_same_run,
+    die_at,
+    fresh_accelerate,
+    sampling_settings,
+    save_files,
+    train_and_kill,
+)
 
 REWARDS = """
 def sevens(completions, **fields):

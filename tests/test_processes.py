@@ -14,8 +14,6 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from ranks import CONTEXT
-from runs import fresh_accelerate, save_tiny_model  # noqa: F401
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm import tqdm
@@ -27,11 +25,14 @@ from rlkern.trainers.policy import PolicyRun
 from rlkern.trainers.runs import Checkpoints, read_metrics, seed_all
 from rlkern.trainers.sharding import Shell, shards_models
 
+from .ranks import CONTEXT
+from .runs import fresh_accelerate, save_tiny_model  # noqa: F401
+
 REWARDS = """
 def sevens(completions, **fields):
     return [completion.count("7") / 4 for completion in completions]
 """
-CORRECTED = {"engine": "own_engines:Hotter", "rollout_correction": "mask", "correction_level": "sequence", "correction_high": 1.05}
+CORRECTED = {"engine": "tests.own_engines:Hotter", "rollout_correction": "mask", "correction_level": "sequence", "correction_high": 1.05}
 TRAINERS: dict[str, Any] = {"grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO), "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO)}
 TRAINERS["reward"] = reward.RewardArguments, reward.train, reward.RewardRun
 SAMPLING = ["grpo", "ppo"]
@@ -179,7 +180,7 @@ def test_fsdp2(kind, fsdp, files, tmp_path):
             torch.testing.assert_close(weights[name], others[name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["continuous", "own_engines:Copy"])
+@pytest.mark.parametrize("engine", ["continuous", "tests.own_engines:Copy"])
 def test_engines_under_fsdp2(engine, files, tmp_path):
     """The policy gathered, to sample from it; its weights given to an engine that has its own."""
     changes = {"steps": 3, "engine": engine, "rollout_correction": "truncate"}

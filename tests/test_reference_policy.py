@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import assert_accurate
 from torch import Tensor
 
 import rlkern as rk
 from rlkern import reference
+
+from .judge import assert_accurate
 
 Config = rk.PolicyLossConfig
 

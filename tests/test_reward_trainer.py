@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import Killed, assert_same_run, die_at, fresh_accelerate, save_tiny_model, train_and_kill  # noqa: F401
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlkern import cli
@@ -17,6 +16,8 @@ from rlkern.trainers.errors import InputError
 from rlkern.trainers.reward import RewardArguments, RewardRun, train
 from rlkern.trainers.rewards import load_rewards, score
 from rlkern.trainers.runs import Checkpoints, read_metrics
+
+from .runs import Killed, assert_same_run, die_at, fresh_accelerate, save_tiny_model, train_and_kill  # noqa: F401
 
 QUESTIONS = [(a, b) for a in (1, 5, 13, 22, 7) for b in (2, 8, 17, 20)]
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from judge import assert_accurate, error
 from torch import Tensor
 
 import rlkern as rk
 from bench.traffic import traffic
 from rlkern import reference
 from rlkern.ops import scan as ops
+
+from .judge import assert_accurate, error
 
 nan = math.nan
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from judge import assert_accurate
-from pages import before_and_after
 
 import rlkern as rk
 from rlkern.integrations.transformers import LastHidden, head_of, last_hidden_and_head, unwrap
+
+from .judge import assert_accurate
+from .pages import before_and_after
 
 SIZE = {
     "vocab_size": 97,

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from judge import assert_accurate, error
-from pages import ROOT, before_and_after
-from ranks import on_ranks
 
 import rlkern as rk
+
+from .judge import assert_accurate, error
+from .pages import ROOT, before_and_after
+from .ranks import on_ranks
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (it needs Python 3.11)")
 datasets = pytest.importorskip("datasets")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from judge import assert_accurate
 from torch import Tensor
 
 import rlkern as rk
@@ -13,6 +12,8 @@ from rlkern import reference
 from rlkern.config import AGGREGATIONS
 from rlkern.ops import tokens
 from rlkern.ops.value import value_loss_op
+
+from .judge import assert_accurate
 
 INTERPRETED = not torch.cuda.is_available()
 nan = math.nan

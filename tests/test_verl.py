@@ -7,12 +7,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from judge import assert_accurate
-from pages import before_and_after
 from safetensors import safe_open
 
 import rlkern as rk
 from rlkern.integrations import verl as ours
+
+from .judge import assert_accurate
+from .pages import before_and_after
 
 
 def load():

@@ -1,0 +1,1 @@
+"""The tests: a package, so that no folder that a command leaves behind can take the place of one of their modules."""
