@@ -1,7 +1,12 @@
 """How a result is judged: against the float64 reference, by the error that plain PyTorch makes in the same dtype."""
 
+import os
+
 import torch
 from torch import Tensor
+
+# What every bound must have to spare: processors round differently, and a bound that just holds on one fails on another (make arithmetic).
+HEADROOM = float(os.environ.get("RLKERN_TEST_HEADROOM", "1"))
 
 
 def error(x: Tensor, exact: Tensor) -> float:
@@ -16,10 +21,13 @@ def error(x: Tensor, exact: Tensor) -> float:
 
 
 def assert_accurate(x: Tensor, exact: Tensor, peer: Tensor | None = None, *, k: float = 2.0, eps: float = 1e-6) -> None:
-    """``err(x) <= k * err(peer) + eps``, where ``peer`` is PyTorch's answer in the same dtype (None: the bound is ``eps`` alone)."""
+    """``err(x) <= k * err(peer) + eps``, where ``peer`` is PyTorch's answer in the same dtype (None: the bound is ``eps`` alone).
+
+    All of it with ``HEADROOM`` to spare.
+    """
     mine = error(x, exact)
     theirs = 0.0 if peer is None else error(peer, exact)
-    assert mine <= k * theirs + eps, f"error {mine:.3e}; plain PyTorch's is {theirs:.3e}, allowed {k} x that + {eps:.1e}"
+    assert mine * HEADROOM <= k * theirs + eps, f"error {mine:.3e}; plain PyTorch's is {theirs:.3e}, allowed {k} x that + {eps:.1e}"
 
 
 def rounding(dtype: torch.dtype, exact: Tensor) -> float:

@@ -18,14 +18,16 @@ from .divided import (
     assert_said_on_every_rank,
     assert_said_on_one_rank,
     assert_same,
+    backend_for,
     collectives,
     errors_of,
+    exactly,
     inputs,
     nan,
     problem,
     shareable,
 )
-from .judge import assert_accurate
+from .judge import assert_accurate, rounding
 from .ranks import on_ranks
 
 PRESETS = {
@@ -86,7 +88,10 @@ def loss_of(
 def everything(p: dict[str, Tensor], x: dict[str, Tensor], process_group: Any = None) -> dict[str, list[Tensor]]:
     """Every function in every mode, by name; where divided, for the last dimensions that are the rank's own see :func:`assemble`."""
     options = {"process_group": process_group}
-    found = {"logits": logprobs_of(p, x, **options), "logits, compiled kernels": logprobs_of(p, x, backend="triton", **options)}
+    found = {
+        "logits": logprobs_of(p, x, **options),
+        "logits, compiled kernels": logprobs_of(p, x, backend=backend_for(x["logits"], "triton"), **options),
+    }
     for head in (True, False):
         for with_entropy in (True, False):
             found[f"linear, head {head}, entropy {with_entropy}"] = linear_logprobs_of(p, x, head=head, with_entropy=with_entropy, **options)
@@ -117,14 +122,15 @@ def on_a_rank(rank: int, world: int, sharing: bool) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("world", SIZES)
 def test_equals_one_process(world):
     p = problem(world)
-    whole = everything(p, inputs(p, None, world))
-    assert_same(on_ranks(world, on_a_rank, False), whole, world)
+    x = inputs(p, None, world)
+    assert_same(on_ranks(world, on_a_rank, False), everything(p, x), everything(*exactly(p, x)), world)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_hidden_states_that_ranks_share(world):
     p = shareable(problem(world))
-    assert_same(on_ranks(world, on_a_rank, True), everything(p, inputs(p, None, world)), world)
+    x = inputs(p, None, world)
+    assert_same(on_ranks(world, on_a_rank, True), everything(p, x), everything(*exactly(p, x)), world)
 
 
 def test_presets_are_all_there():
@@ -389,7 +395,7 @@ def test_dtensors_say_how_they_are_divided(world):
     for found in on_ranks(world, dtensors_on_a_rank):
         for mine, exact in found.values():
             for a, b in zip(mine, exact, strict=True):
-                assert_accurate(a, b, eps=2e-6)
+                assert_accurate(a, b, eps=5e-6)  # two sums in float32, of terms of about 1, in another order
 
 
 def gathered_on_a_rank(rank: int, world: int) -> None:
@@ -408,7 +414,8 @@ def gathered_on_a_rank(rank: int, world: int) -> None:
         (whole * up[rank]).sum().backward()
         assert divided.grad is not None
         assert divided.grad.placements == tuple(placements)
-        assert_accurate(divided.grad.full_tensor(), up.mean(0), eps=1e-7)
+        mean = up.double().mean(0)
+        assert_accurate(divided.grad.full_tensor(), mean, eps=8 * rounding(torch.float32, mean))
     assert rk.gather_parameter(x) is x
 
 

@@ -16,8 +16,10 @@ from .divided import (
     assert_said_on_every_rank,
     assert_said_on_one_rank,
     assert_same,
+    backend_for,
     collectives,
     errors_of,
+    exactly,
     inputs,
     nan,
     part,
@@ -77,9 +79,9 @@ def everything(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor],
     found = all_from_hidden(p, x, y, process_group)
     for beta in BETAS:
         for backend in ("torch", "triton")[: 2 if world == 2 else 1]:
-            found[f"logits, beta {beta}, {backend}"] = from_logits(p, x, y, beta, backend=backend, **options)
+            found[f"logits, beta {beta}, {backend}"] = from_logits(p, x, y, beta, backend=backend_for(x["logits"], backend), **options)
     if world == 4:
-        found["linear, triton"] = from_hidden(p, x, y, 0.3, head=True, backend="triton", compact=False, **options)
+        found["linear, triton"] = from_hidden(p, x, y, 0.3, head=True, backend=backend_for(x["logits"], "triton"), compact=False, **options)
     for reverse in (True, False):
         found[f"KL, reverse {reverse}"] = [rk.full_kl(x["logits"], y["logits"], mask=p["mask"], reverse=reverse, **options)]
     return found
@@ -95,7 +97,8 @@ def on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("world", SIZES)
 def test_equals_one_process(world):
     p = problem(world)
-    assert_same(on_ranks(world, on_a_rank), everything(p, inputs(p, None, world), reference(p, None, world), world), world)
+    given = p, inputs(p, None, world), reference(p, None, world)
+    assert_same(on_ranks(world, on_a_rank), everything(*given, world), everything(*exactly(*given), world), world)
 
 
 def sharing_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
@@ -112,11 +115,14 @@ def sharing_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_hidden_states_that_ranks_share(world):
     p = shareable(problem(world))
-    x, y = inputs(p, None, world), reference(p, None, world)
-    whole = all_from_hidden(p, x, y)
-    x, y = ({**z, "hidden": torch.nan_to_num(z["hidden"]).detach().requires_grad_()} for z in (x, y))
-    whole |= {f"{name}, no mask": tensors for name, tensors in all_from_hidden({**p, "mask": None}, x, y).items()}
-    assert_same(on_ranks(world, sharing_on_a_rank), whole, world)
+
+    def of_one(p: dict[str, Tensor], x: dict[str, Tensor], y: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        found = all_from_hidden(p, x, y)
+        x, y = ({**z, "hidden": torch.nan_to_num(z["hidden"]).detach().requires_grad_()} for z in (x, y))
+        return found | {f"{name}, no mask": tensors for name, tensors in all_from_hidden({**p, "mask": None}, x, y).items()}
+
+    given = p, inputs(p, None, world), reference(p, None, world)
+    assert_same(on_ranks(world, sharing_on_a_rank), of_one(*given), of_one(*exactly(*given)), world)
 
 
 # ---- tokens that are excluded ---------------------------------------------------------------------------------------------------------------
@@ -161,7 +167,7 @@ def excluded_of(x: Tensor, y: Tensor, **options: Any) -> dict[str, list[Tensor]]
     for beta in BETAS:
         for backend in ("torch", "triton"):
             leaf = x.clone().requires_grad_()
-            result = rk.generalized_jsd(leaf, y, beta=beta, backend=backend, **options)
+            result = rk.generalized_jsd(leaf, y, beta=beta, backend=backend_for(x, backend), **options)
             found[f"beta {beta}, {backend}"] = [result.detach(), *torch.autograd.grad(result.sum(), leaf)]
     return found
 
@@ -174,7 +180,7 @@ def excluded_on_a_rank(rank: int, world: int) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_excluded_tokens(world):
     whole = excluded_of(*excluded(world))
-    assert_same(on_ranks(world, excluded_on_a_rank), whole, world)
+    assert_same(on_ranks(world, excluded_on_a_rank), whole, excluded_of(*(x.double() for x in excluded(world))), world)
     for beta, infinite in ((1.0, [2, 3]), (0.0, [1, 4]), (0.3, [])):
         for backend in ("torch", "triton"):
             result = whole[f"beta {beta}, {backend}"][0]
@@ -353,4 +359,4 @@ def test_dtensors_say_how_they_are_divided(world):
     for found in on_ranks(world, dtensors_on_a_rank):
         for mine, exact in found:
             for a, b in zip(mine, exact, strict=True):
-                assert_accurate(a, b, eps=2e-6)
+                assert_accurate(a, b, eps=5e-6)  # two sums in float32, of terms of about 1, in another order

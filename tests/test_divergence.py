@@ -113,7 +113,7 @@ def test_any_shape(rows, vocabulary, dtype, ref_dtype, beta, spread, apart, offs
     for backend in ("torch", "triton"):
         mine = gradient(lambda z, b=backend: rk.generalized_jsd(z, y, beta=beta, mask=mask, backend=b), x, upstream)
         assert_accurate(mine[0], exact[0], eps=3e-6 + 1e-6 * float(exact[0].abs().sum()))
-        assert_accurate(mine[1], exact[1], eps=2e-5 + 2e-6 * float(exact[1].abs().sum()) + rounding(dtype, exact[1]))
+        assert_accurate(mine[1], exact[1], eps=4e-5 + 4e-6 * float(exact[1].abs().sum()) + rounding(dtype, exact[1]))
 
 
 def test_identities(backend, device):
@@ -125,7 +125,7 @@ def test_identities(backend, device):
     for beta in BETAS:
         assert torch.all(jsd(x, x, beta) == 0)  # of a distribution from itself, without rounding
         assert torch.all(jsd(x, y, beta) > 0)
-        assert_accurate(jsd(x + 3.0, y - 700.0, beta), jsd(x, y, beta), eps=2e-5)  # float32 near 700 is rounded to 6e-5
+        assert_accurate(jsd(x + 3.0, y - 700.0, beta), jsd(x, y, beta), eps=4e-5)  # float32 near 700 is rounded to 6e-5
         assert_accurate(jsd(y, x, 1 - beta), jsd(x, y, beta), eps=1e-6)  # p and q change sides
     apart = torch.full((1, 8), -torch.inf, device=device)
     left, right = apart.clone(), apart.clone()

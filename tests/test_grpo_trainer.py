@@ -80,7 +80,7 @@ def test_log_probs_are_those_of_each_completion_alone(files, tmp_path, architect
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         logits = run.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1)
-        torch.testing.assert_close(logprobs[row, : len(answer)], expected.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs[row, : len(answer)], expected.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1), atol=3e-5, rtol=0)
         torch.testing.assert_close(entropy[row, : len(answer)], -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=0)
     assert logprobs[1, 2] == 0
     assert entropy[1, 2] == 0

@@ -60,7 +60,7 @@ def test_values_and_gradients(backend, device, dtype, options):
     assert mine[0].dtype == mine[1].dtype == torch.float32
     assert mine[2].dtype == dtype
     # whatever plain PyTorch's error is: 1e-5, and the rounding of log-probs of hundreds
-    assert_accurate(mine[0], exact[0], eps=1e-5 + 1e-7 * float(exact[0].abs().max()))
+    assert_accurate(mine[0], exact[0], eps=1e-5 + 2 * rounding(torch.float32, exact[0]))
     assert_accurate(mine[1], exact[1], eps=1e-5)
     assert_accurate(mine[2], exact[2], peer[2], eps=1e-6 + rounding(dtype, exact[2]))
 
@@ -195,9 +195,9 @@ def test_slices_are_read_in_place(backend, device, monkeypatch):
         assert ops.as_rows(logits).data_ptr() == logits.data_ptr(), name
         ids = torch.randint(33, logits.shape[:-1], device=device)
         logits = logits.detach().requires_grad_()
-        exact = reference.token_logprobs(logits, ids)
+        exact = reference.token_logprobs(logits.double(), ids)
         mine = rk.token_logprobs(logits, ids, backend=backend)
-        assert_accurate(mine, exact, eps=1e-6)
+        assert_accurate(mine, exact, eps=2e-6)
         (g,) = torch.autograd.grad(exact.square().sum(), logits)
         assert_accurate(torch.autograd.grad(mine.square().sum(), logits)[0], g, eps=1e-5)
     columns = whole.transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride: copied, and still right

@@ -22,7 +22,7 @@ from rlkern.trainers import grpo, ppo, reward, tutorial
 from rlkern.trainers.data import batch_at
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.policy import PolicyRun
-from rlkern.trainers.runs import Checkpoints, read_metrics, seed_all
+from rlkern.trainers.runs import Checkpoints, Run, read_metrics, seed_all
 from rlkern.trainers.sharding import Shell, shards_models
 
 from .ranks import CONTEXT
@@ -63,6 +63,11 @@ def same_for_any_world(self: PolicyRun, step: int) -> tuple[list[Any], Any, list
     return rows[mine], batch.rows(torch.arange(len(rows))[mine]), texts[mine]
 
 
+def steady_adamw(self: Run, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """``Run.adamw`` that does not magnify rounding: Adam moves a weight whose gradient is all rounding as far as any, and so flips sampled tokens."""
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay, eps=1e-3)
+
+
 def _process(rank: int, world: int, port: int, kind: str, settings: dict[str, Any], how: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -79,7 +84,8 @@ def _process(rank: int, world: int, port: int, kind: str, settings: dict[str, An
         TRAINERS[kind][2].step = lambda self, n: os.kill(os.getpid(), signal.SIGKILL) if n == how["dies_at"] and rank == 1 else step(self, n)
     if how["same_samples"]:
         PolicyRun.rollout = same_for_any_world  # type: ignore[method-assign]
-    arguments, train, _ = TRAINERS[kind]
+    arguments, train, trainer = TRAINERS[kind]
+    trainer.adamw = steady_adamw
     train(arguments(**settings))
     if world > 1:
         torch.distributed.destroy_process_group()

@@ -102,9 +102,9 @@ def test_vtrace(case, dtype, backend, device):
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 64, 1000, 8192])
 def test_lengths(length, backend, device):
     r, v = numbers(2, 1, length, dtype=torch.float32)
-    exact = reference.gae(r.double(), v.double(), gamma=1.0, lam=1.0)
-    for ours, truth in zip(rk.gae(r.to(device), v.to(device), gamma=1.0, lam=1.0, backend=backend), exact, strict=True):
-        assert_accurate(ours, truth, eps=1e-6 * max(1.0, float(truth.abs().max())))
+    exact, peer = (reference.gae(r.to(dtype), v.to(dtype), gamma=1.0, lam=1.0) for dtype in (torch.float64, torch.float32))
+    for ours, theirs, truth in zip(rk.gae(r.to(device), v.to(device), gamma=1.0, lam=1.0, backend=backend), peer, exact, strict=True):
+        assert_accurate(ours, truth, theirs, eps=1e-6 * max(1.0, float(truth.abs().max())))
 
 
 def test_long_rows_on_the_cpu():
@@ -112,8 +112,8 @@ def test_long_rows_on_the_cpu():
     total = r.double().flip(1).cumsum(1).flip(1)
     advantages, returns = rk.gae(r, v, gamma=1.0, lam=1.0, backend="torch")
     scale = float(total.abs().max())
-    assert_accurate(returns, total, eps=1e-6 * scale)
-    assert_accurate(advantages, total - v.double(), eps=1e-6 * scale)
+    assert_accurate(returns, total, eps=2e-6 * scale)  # 16 units in the last place, of sums of 100,000 terms
+    assert_accurate(advantages, total - v.double(), eps=2e-6 * scale)
 
 
 @pytest.fixture
@@ -404,12 +404,12 @@ def test_whitening_packed_tokens_and_few_long_rows(backend, device, monkeypatch)
     r, v = numbers(1, 5000, dtype=torch.float32).to(device), numbers(1, 5000, dtype=torch.float32).to(device)
     monkeypatch.setattr(ops, "multiprocessors", lambda x: 10**6)  # split in two launches on any device
     white, _ = rk.gae(r, v, gamma=0.9, lam=0.9, whitened=True, backend=backend)
-    assert_accurate(white, reference.whiten(rk.gae(r, v, gamma=0.9, lam=0.9, backend="torch")[0].double()), eps=2e-6)
+    assert_accurate(white, reference.whiten(rk.gae(r, v, gamma=0.9, lam=0.9, backend="torch")[0].double()), eps=4e-6)
     cu = torch.tensor([0, 7, 7, 60], device=device)
     mask = some(60).to(device)
     options = {"gamma": 0.9, "lam": 0.9, "cu_seqlens": cu, "mask": mask, "backend": backend}
     white, _ = rk.gae(r[0, :60], v[0, :60], whitened=True, **options)
-    assert_accurate(white, reference.whiten(rk.gae(r[0, :60], v[0, :60], **options)[0].double(), mask), eps=2e-6)
+    assert_accurate(white, reference.whiten(rk.gae(r[0, :60], v[0, :60], **options)[0].double(), mask), eps=4e-6)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (1, 1)])
