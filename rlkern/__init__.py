@@ -1,5 +1,6 @@
 """rlkern: fused GPU kernels for reinforcement-learning post-training of language models, as plain functions on tensors."""
 
+from . import _versions as _versions
 from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
 from .distributed import VocabShard, gather_parameter

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._versions import too_old
+
 BACKENDS = ("triton", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Read once: Triton itself decides when a kernel is decorated, that is at import.
@@ -29,6 +31,8 @@ def choose_backend(requested: str | None, x: Tensor, *, triton_dtypes: tuple[tor
         why = None
         if not HAS_TRITON:
             why = "triton is not installed; install it, or pass backend='torch'"
+        elif why := too_old("triton"):
+            pass
         elif x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
             why = f"the tensors are on {x.device}; Triton needs a GPU (or TRITON_INTERPRET=1 set before import, for tests)"
         elif triton_dtypes is not None and x.dtype not in triton_dtypes:

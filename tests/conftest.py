@@ -13,6 +13,10 @@ if not HAS_GPU:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if {"assert_accurate", "assert_same"} & vars(item.module).keys():
+            item.add_marker("arithmetic")
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            item.add_marker("interpreted")
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
 

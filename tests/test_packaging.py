@@ -10,8 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import rlkern
+from rlkern import _versions
+from rlkern._backend import choose_backend
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("packaging")  # one process, since the distributions are built once
@@ -115,6 +118,28 @@ def test_our_folder_does_not_stand_for_the_published_package():
     (origin,) = python(code, cwd=ROOT, path=ROOT)
     assert Path(origin).parent != ROOT / "kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+# ---- versions -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_least_versions_are_those_of_the_metadata():
+    wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert {package: wanted[package] for package in _versions.LEAST} == _versions.LEAST
+
+
+def test_what_is_too_old_is_an_error_that_names_both_versions(monkeypatch):
+    monkeypatch.setattr(_versions, "version", lambda package: "2.8.1+cu128")
+    _versions.too_old.cache_clear()
+    with pytest.raises(ImportError, match=r"torch 2.8.1\+cu128 is too old: rlkern needs torch 2.9 or newer"):
+        _versions.require("torch")
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: triton 2.8.1\+cu128 is too old: rlkern needs triton 3.5 or newer"):
+        choose_backend("triton", torch.ones(1))
+    monkeypatch.setattr(_versions, "version", lambda package: "10.0a1")
+    _versions.too_old.cache_clear()
+    _versions.require(*_versions.LEAST)
+    monkeypatch.undo()
+    _versions.too_old.cache_clear()
 
 
 # ---- the rules of the house -----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,5 @@
+"""Reference trainers, on transformers and accelerate."""
+
+from .._versions import require
+
+require("transformers", "accelerate")
