@@ -278,8 +278,8 @@ def bytes_a_logit(result: Json) -> dict[str, float]:
 
 def memory_table(result: Json) -> str:
     def chunk(m: LargeModel) -> int:
-        """Of bf16 logits, and the gradient of the hidden states in float32."""
-        logits = chunk_rows(m.vocabulary, torch.bfloat16, torch.device("cuda"), None) * m.vocabulary * 2
+        """Of float32 logits with their bf16 gradient, and the gradient of the hidden states in float32."""
+        logits = chunk_rows(m.vocabulary, torch.float32, torch.bfloat16, torch.device("cuda"), None) * m.vocabulary * 6
         return logits + 4 * MICRO * m.width
 
     rows = [[name, f"{slope:.2f}", *(size(slope * MICRO * m.vocabulary) for m in LARGE)] for name, slope in bytes_a_logit(result).items()]

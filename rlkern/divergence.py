@@ -131,8 +131,10 @@ def linear_full_kl(
         ref_hidden, ref_weight: ``S + [H']`` and ``[V, H']``: the widths of the models may differ, their vocabulary not.
         bias, ref_bias: ``[V]``.
         temperature, mask, reverse, softcap, logit_scale, backend: as in :func:`full_kl`.
-        logits_dtype: dtype of the policy's logits of a chunk: that of the product (default), or float32, which the reference's are then as well.
-        chunk_bytes: memory for the policy's logits of a chunk; the reference's come to it. Default: 64 MiB on a CPU, 1 GiB on a GPU.
+        logits_dtype: dtype of the policy's logits of a chunk, as in :func:`rlkern.linear_token_logprobs`; where it is less than float32, the
+            reference's logits have the dtype of its operands too.
+        chunk_bytes: memory for the policy's logits of a chunk, and for their gradient where it is of another dtype; the reference's come to it.
+            Default: 64 MiB on a CPU, 1 GiB on a GPU.
         rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
         process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. One all-gather, or with a
             frozen head one a chunk; of a JSD one a chunk and one for all, or with a frozen head two a chunk.
@@ -298,16 +300,16 @@ def _linear_divergence(
         hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
         ref_hidden, ref_weight, ref_bias, ref_shard = local_head(ref_hidden, ref_weight, ref_bias, process_group, "ref_")
         dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-        ref_dtype = check_head(
-            ref_hidden, ref_weight, ref_bias, torch.float32 if logits_dtype == torch.float32 else None, "ref_", sharded=ref_shard is not None
-        )
+        ref_dtype = check_head(ref_hidden, ref_weight, ref_bias, None, "ref_", sharded=ref_shard is not None)
+        if dtype.itemsize < 4:
+            ref_dtype = torch.promote_types(ref_hidden.dtype, ref_weight.dtype)
         shape, device = shape_of_tokens(hidden, shard), hidden.device
         part = _divided_alike(agreement, (shard, hidden), (ref_shard, ref_hidden), shape, device, mask)
         check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
         check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
         per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
         rows = check_rows(rows, shape.numel(), device, agreement.validate)
-        chunk = check_chunk(chunk_bytes, weight, dtype, shard)
+        chunk = check_chunk(chunk_bytes, hidden, weight, dtype, shard)
         agreement.rows(rows, chunk)
         frozen = freezes_head(take_gradients(hidden, weight, bias), mode)
         backend = _backend_for(dtype, ref_dtype, device, backend)

@@ -158,19 +158,20 @@ def check_head(
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, shape=weight.shape[:1], dtypes=FLOATS, device=device)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     if logits_dtype is None:
-        return dtype
-    if logits_dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
-        raise ValueError(f"logits_dtype must be None, {dtype} (as {prefix}hidden and {prefix}weight) or torch.float32; got {logits_dtype}")
+        return wide
+    if logits_dtype not in (dtype, wide):
+        raise ValueError(f"logits_dtype must be None, {wide} or {dtype} (as {prefix}hidden and {prefix}weight); got {logits_dtype}")
     return logits_dtype
 
 
-def check_chunk(chunk_bytes: int | None, weight: Tensor, logits_dtype: torch.dtype, shard: Shard | None = None) -> int:
+def check_chunk(chunk_bytes: int | None, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, shard: Shard | None = None) -> int:
     """Check the memory for a chunk of logits; gives its rows, equally many on all ranks."""
     if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive number of bytes, got {chunk_bytes!r}")
     columns = weight.shape[0] if shard is None else -(-shard.total // shard.ranks)
-    return chunk_rows(max(columns, 1), logits_dtype, weight.device, chunk_bytes)
+    return chunk_rows(max(columns, 1), logits_dtype, torch.promote_types(hidden.dtype, weight.dtype), weight.device, chunk_bytes)
 
 
 def check_rows(rows: Tensor | None, tokens: int, device: torch.device, validate: bool) -> Tensor | None:
@@ -230,7 +231,7 @@ def check_linear(
         _check_ids(ids, mask, shape, device)
         per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
         rows = check_rows(rows, ids.numel(), device, must_validate)
-        chunk = check_chunk(chunk_bytes, weight, dtype, shard)
+        chunk = check_chunk(chunk_bytes, hidden, weight, dtype, shard)
         agreement.rows(rows, chunk)
         offsets, token_ids = (None, None) if keep is None else check_keep(keep, ids, weight.shape[0], shard, must_validate)
         backend = choose_backend(backend, hidden, triton_dtypes=TRITON_DTYPES)
@@ -389,7 +390,7 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
 
     - nobody (or under no_grad): one product with the head in all, and no memory beyond a chunk;
     - ``hidden`` alone, a frozen head as in LoRA: the forward keeps ``J = d logprob / d hidden`` (as large as ``hidden``), and the backward only
-      scales its rows, whatever the loss; where a gradient comes through the entropy too, that part is recomputed;
+      scales its rows, whatever the loss; where a gradient comes through the entropy too, both are recomputed;
     - the head too: the backward makes the logits again, chunk by chunk, and adds up d weight in float32.
 
     Args:
@@ -397,8 +398,10 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
         ids, mask, temperature, softcap, logit_scale, with_entropy, keep, validate, backend: as in :func:`token_logprobs`.
         bias: ``[V]``.
-        logits_dtype: dtype of the logits of a chunk: that of the product (default), or float32, for products of bfloat16 that are not rounded.
-        chunk_bytes: memory for the logits of a chunk. Default: 64 MiB on a CPU, 1 GiB on a GPU.
+        logits_dtype: dtype of the logits of a chunk. Default: float32 (float64 for float64), the products of 16-bit operands unrounded; their
+            gradient is rounded to the operands' dtype. The operands' own dtype, say bfloat16, takes less memory traffic; log-probs are then off by
+            1e-2.
+        chunk_bytes: memory for the logits of a chunk, and for their gradient where it is of another dtype. Default: 64 MiB on a CPU, 1 GiB on a GPU.
         rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, where the caller knows them; others count as masked.
         compact: leave masked rows out of the products, by counting them (on a GPU: one synchronisation). Default: on the CPU.
         mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.

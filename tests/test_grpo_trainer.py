@@ -117,6 +117,14 @@ def test_processes_that_do_not_see_each_other_are_an_error(files, tmp_path, monk
         GRPO(settings(files, tmp_path / "run", cpu=False))
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_first_ratio_is_one(files, tmp_path, precision, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # the same batch twice: what is left is the head's
+    run = GRPO(settings(files, tmp_path / "run", mixed_precision=precision, minibatches=1))
+    assert 0 <= run.step(0)["first_ratio_deviation"] < 1e-5
+    assert "first_ratio_deviation" not in run.step(1)
+
+
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
 def test_micro_batches_change_nothing(files, tmp_path, loss):
     weights, numbers = [], []

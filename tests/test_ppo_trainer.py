@@ -156,6 +156,14 @@ def test_an_update_is_that_of_plain_pytorch(files, tmp_path, monkeypatch, reward
             assert (p - q).abs().median() < 1e-5, name
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_first_ratio_is_one(files, tmp_path, precision, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # the same batch twice: what is left is the head's
+    run = PPO(settings(files, tmp_path / "run", mixed_precision=precision, minibatches=1))
+    assert 0 <= run.step(0)["first_ratio_deviation"] < 1e-5
+    assert "first_ratio_deviation" not in run.step(1)
+
+
 def test_micro_batches_change_nothing(files, tmp_path):
     weights, numbers = [], []
     for size in (None, 3):

@@ -270,3 +270,20 @@ def test_stops_counting_afterwards():
     _copy_kernel[(1,)](x, y, 4, BLOCK=4)
     assert len(moved) == 0
     assert moved.total == 0
+
+
+@pytest.mark.parametrize("mode", ["in-forward", "recompute"])
+def test_float32_logits_of_a_16_bit_head(mode):
+    """Beside the products: 4 V bytes a row are read for the statistics and 4 V for the gradient, of which 2 V are written."""
+    rows, vocabulary, width = 6, 6000, 8
+    hidden, weight = (torch.randn(n, width).bfloat16().requires_grad_() for n in (rows, vocabulary))
+    ids, old = torch.randint(vocabulary, (rows,)), torch.full((rows,), -9.0)
+
+    def call() -> None:
+        config = rk.PolicyLossConfig.reinforce()
+        loss = rk.fused_linear_policy_loss(hidden, weight, ids, old, torch.ones(rows), config=config, mode=mode, backend="triton").loss
+        loss.backward()
+
+    moved, _ = measure(call)
+    logits = rows * vocabulary
+    assert_at_floor(moved, logits * (4 + 4 + 2))

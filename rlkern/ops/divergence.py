@@ -505,8 +505,9 @@ def linear_divergence_op(
             continue
         comparison.divergence(logits, ref_logits, out)
         if with_jacobian:
-            comparison.gradient(logits, ones[at], logits, ref_logits, statistics[at])
-            jacobian.add(heads.policy.where(at), h, logits)
+            grad_logits = heads.policy.gradient_of(logits)
+            comparison.gradient(grad_logits, ones[at], logits, ref_logits, statistics[at])
+            jacobian.add(heads.policy.where(at), h, grad_logits)
     if parts:
         heads.comparison.finish(torch.cat(parts), (divergence, statistics))
     n = all_rows(hidden, part)
@@ -577,8 +578,9 @@ def linear_divergence_backward_op(
     gradients = Gradients(heads.policy, needs_hidden, needs_weight, needs_bias)
     grad, statistics = pick(grad, index), pick(statistics, index)
     for at, h, logits, ref_logits, comparison in heads:
-        comparison.gradient(logits, grad[at], logits, ref_logits, statistics[at])
-        gradients.add(heads.policy.where(at), h, logits)
+        grad_logits = heads.policy.gradient_of(logits)
+        comparison.gradient(grad_logits, grad[at], logits, ref_logits, statistics[at])
+        gradients.add(heads.policy.where(at), h, grad_logits)
     return gradients.results()
 
 

@@ -29,9 +29,12 @@ from .shards import Shard, my_rows
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
-    """Rows of logits that are alive at once. By default 64 MiB of them on a CPU, 1 GiB on a GPU, where larger products are faster."""
-    row = vocabulary * dtype.itemsize
+def chunk_rows(vocabulary: int, logits_dtype: torch.dtype, operand: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+    """Rows of logits, and of their gradient where that is of another dtype, that are alive at once.
+
+    By default 64 MiB of them on a CPU, 1 GiB on a GPU, where larger products are faster.
+    """
+    row = vocabulary * (logits_dtype.itemsize + (0 if operand == logits_dtype else operand.itemsize))
     if chunk_bytes is not None:
         return max(1, chunk_bytes // row)
     if device.type == "cpu":
@@ -39,20 +42,47 @@ def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_
     return min(4096, max(512, (1 << 30) // row // 128 * 128))
 
 
+# Elements of an operand that a CPU widens at once: 16 MiB of float32.
+BLOCK = 4 << 20
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b; a and b of one dtype, ``out`` of that or float32, without a rounding in between."""
+    """out = a @ b, or out += a @ b: exact products, added up in float32 (float64 for that), and rounded to the dtype of ``out`` once."""
     beta = 1 if accumulate else 0  # with 0, what ``out`` held is not read
-    if a.dtype == out.dtype:
+    if a.device.type == "cpu" and (a.dtype != b.dtype or a.dtype != out.dtype or a.dtype.itemsize < 4):
+        product_of_blocks(a, b, out, accumulate)
+    elif a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.device.type == "cuda":
+    else:  # tensor cores multiply 16-bit numbers exactly and add in float32: only the rounding of the result is left out
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, out=out)
+
+
+def product_of_blocks(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """:func:`product` where there is none of such dtypes: by float32 products, for which a block of the longest dimension is widened at a time."""
+    (n, k), m = a.shape, b.shape[1]
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    total = out if out.dtype == wide else out.to(wide)
+    if k >= max(n, m):
+        step = max(1, BLOCK // max(n, m, 1))
+        for i in range(0, k, step):
+            torch.addmm(total, a[:, i : i + step].to(wide), b[i : i + step].to(wide), beta=1 if accumulate or i else 0, out=total)
+    elif m >= n:
+        step, a, beta = max(1, BLOCK // max(n, k)), a.to(wide), 1 if accumulate else 0
+        for i in range(0, m, step):
+            part = total[:, i : i + step]
+            torch.addmm(part, a, b[:, i : i + step].to(wide), beta=beta, out=part)
     else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+        product_of_blocks(b.t(), a.t(), total.t(), accumulate)
+    if total is not out:
+        out.copy_(total)
 
 
 @dataclass
 class Head:
-    """logits = hidden @ weight.T + bias for the rows in ``index`` (None: all), a chunk at a time."""
+    """logits = hidden @ weight.T + bias for the rows in ``index`` (None: all), a chunk at a time.
+
+    Logits of float32 are the exact products of 16-bit operands, and their gradient is rounded to the operands' dtype once.
+    """
 
     hidden: Tensor  # [N, H]; given this rank's share of them, it is gathered
     weight: Tensor  # [V, H]
@@ -70,6 +100,7 @@ class Head:
     size: int = field(init=False)
     operand: torch.dtype = field(init=False)
     buffer: Tensor = field(init=False)
+    narrow: Tensor | None = field(init=False)  # what takes the gradient of the logits, where it is not written over them
     restricted: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,13 +109,13 @@ class Head:
         self.rows = self.hidden.shape[0] if self.index is None else self.index.numel()
         self.size = max(1, min(self.chunk, self.rows))
         self.operand = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        if self.hidden.device.type == "cpu" and self.logits_dtype != self.operand:
-            self.operand = self.logits_dtype  # a CPU has no products of mixed precision
         if self.part is not None:
             columns = self.part.columns
             self.weight, self.bias = self.weight[:columns], None if self.bias is None else self.bias[:columns]
-        self.weight = self.weight.to(self.operand)
+        if self.hidden.device.type != "cpu":  # where products widen a block at a time
+            self.weight = self.weight.to(self.operand)
         self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.logits_dtype, device=self.hidden.device)
+        self.narrow = None
         self.restricted = None if self.token_ids is None else torch.empty_like(self.buffer)
 
     def chunks(self) -> Iterator[slice]:
@@ -102,18 +133,24 @@ class Head:
         if self.live is not None:  # their gradient is 0, but 0 * NaN is not
             h = h.masked_fill(~self.live[self.where(rows)].unsqueeze(1), 0.0)
         logits = self.buffer[: h.shape[0]]
-        if self.bias is not None and self.operand == self.logits_dtype:
-            torch.addmm(self.bias.to(self.operand), h, self.weight.t(), out=logits)
-        else:
-            product(h, self.weight.t(), logits)
-            if self.bias is not None:
-                logits.add_(self.bias)
+        if self.bias is not None:
+            logits.copy_(self.bias)
+        product(h, self.weight.t(), logits, accumulate=self.bias is not None)
         if self.restricted is not None and self.offsets is not None and self.token_ids is not None:
             where = self.where(rows)
             where = torch.arange(rows.start, rows.stop, device=logits.device) if isinstance(where, slice) else where
             whole, logits = logits, self.restricted[: h.shape[0]]
             restrict_into(logits, whole, self.offsets, self.token_ids, where, self.backend)
         return h, logits
+
+    def gradient_of(self, logits: Tensor) -> Tensor:
+        """Where the gradient of these logits goes: in the operands' dtype, for which alone there are fast products; over the logits where that is
+        theirs, or where products widen their operands anyway."""
+        if logits.dtype == self.operand or (self.backend == "torch" and logits.device.type == "cpu"):
+            return logits
+        if self.narrow is None:
+            self.narrow = torch.empty(self.buffer.shape, dtype=self.operand, device=self.buffer.device)
+        return self.narrow[: logits.shape[0]]
 
 
 class Gradients:
@@ -137,21 +174,20 @@ class Gradients:
         self.started = False
 
     def add(self, where: slice | Tensor, h: Tensor, grad_logits: Tensor) -> None:
-        """Take in the rows ``where`` of hidden, given their hidden states and d loss / d logits."""
-        grad = grad_logits.to(self.head.operand)
+        """Take in the rows ``where`` of hidden, given their hidden states and d loss / d logits (see :meth:`Head.gradient_of`)."""
         if self.hidden.numel():
             there = isinstance(where, slice) and self.hidden.dtype == self.head.operand
             if there:
                 part = self.hidden[where]
-                product(grad, self.head.weight, part)
             else:
-                part = (grad @ self.head.weight).to(self.hidden.dtype)
+                part = torch.empty(h.shape, dtype=self.hidden.dtype, device=h.device)
+            product(grad_logits, self.head.weight, part)
             if self.head.part is not None and self.head.part.sp_size == 1:
                 self.sums.append((self.head.part.start_sum(part), None if there else where, part))
             elif not there:
                 self.hidden[where] = part
         if self.weight.numel():
-            product(grad.t(), h, self.weight, accumulate=self.started)
+            product(grad_logits.t(), h, self.weight, accumulate=self.started)
         if self.bias.numel():
             self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
         self.started = True
@@ -263,8 +299,9 @@ def linear_logprobs_op(
             continue
         here.statistics(logits, statistics)
         if with_jacobian:
-            here.gradient(logits, logits, ones[at], None, statistics)
-            jacobian.add(head.where(at), h, logits)
+            grad_logits = head.gradient_of(logits)
+            here.gradient(grad_logits, logits, ones[at], None, statistics)
+            jacobian.add(head.where(at), h, grad_logits)
     if states:
         per_row.finish(torch.cat(states), out)
     return *spread_all(out, index, ids.numel(), with_entropy), jacobian.results()[0]
@@ -316,8 +353,9 @@ def linear_logprobs_backward_op(
     gradients = Gradients(head, needs_hidden, needs_weight, needs_bias)
     for at in head.chunks():
         h, logits = head.forward(at)
-        per_row.at(at).gradient(logits, logits, a[at], None if b is None else b[at], saved.at(at))
-        gradients.add(head.where(at), h, logits)
+        grad_logits = head.gradient_of(logits)
+        per_row.at(at).gradient(grad_logits, logits, a[at], None if b is None else b[at], saved.at(at))
+        gradients.add(head.where(at), h, grad_logits)
     return gradients.results()
 
 
@@ -340,7 +378,7 @@ def _(grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight:
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """Differentiable in hidden, weight and bias, through log-prob and entropy. ``frozen``: J is kept, and nothing recomputed for the log-prob."""
+    """Differentiable in hidden, weight and bias, through log-prob and entropy. ``frozen``: J is kept, and the log-prob alone recomputes nothing."""
 
     @staticmethod
     def forward(
@@ -417,7 +455,7 @@ class LinearLogprobs(torch.autograd.Function):
         if entropy.numel() == 0:
             grad_entropy = None
         grads: list[Tensor | None] = [None] * 19
-        if ctx.frozen and grad_logprob is not None:
+        if ctx.frozen and grad_logprob is not None and grad_entropy is None:  # what is made again for the entropy gives both, unrounded in between
             upstream = torch.where(live_rows(ids, mask), grad_logprob, 0.0).unsqueeze(1)
             grads[0] = (my_rows(upstream, Shard.from_text(ctx.shard)) * jacobian).to(jacobian.dtype)
             grad_logprob = None
@@ -506,8 +544,9 @@ def gradients_in_forward(
                 h, logits, here, a, b = h[chosen], logits[chosen], here.at(chosen), a[chosen], pick_optional(b, chosen)
                 statistics = statistics.at(chosen)
         if a.numel():
-            here.gradient(logits, logits, a, b, statistics)
-            gradients.add(where, h, logits)
+            grad_logits = head.gradient_of(logits)
+            here.gradient(grad_logits, logits, a, b, statistics)
+            gradients.add(where, h, grad_logits)
     logprob, entropy, _, _ = spread_all(out, index, ids.numel(), with_entropy)
     return logprob, entropy, *gradients.results()
 

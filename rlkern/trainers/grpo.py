@@ -174,6 +174,7 @@ class GRPO(PolicyRun):
                             config=config,
                         )
                         accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+                    self.watch_ratio(out.logprobs, None if old is None else old[part], batch.mask[part])
                     losses.append(out.loss.detach())
                     sums.append(torch.stack([out.metrics[name] for name in METRICS]) * lengths[part].sum())
                 norms.append(self.descend(self.policy, self.optimizer))
@@ -186,7 +187,7 @@ class GRPO(PolicyRun):
         numbers |= {name: total / (totals[-1] * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]
-        numbers |= mismatch
+        numbers |= mismatch | self.first_ratio(step)
         if args.refresh_every and (step + 1) % args.refresh_every == 0:
             numbers |= self.refresh(rows, texts)
         return numbers | {"loss": totals[-2] / updates, "grad_norm": torch.stack(norms).mean().item(), "learning_rate": learning_rate}

@@ -70,6 +70,7 @@ class PolicyRun(Run):
         optimizer = self.adamw(self.model, args.learning_rate)
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
         self.sample.start(longest)
+        self.ratio_deviation: torch.Tensor | None = None  # see watch_ratio
 
     def rollout(self, step: int) -> tuple[list[Row], Completions, list[str]]:
         """This process's share of the prompts of a step, ``samples_per_prompt`` rows each, and a completion of every row."""
@@ -147,6 +148,17 @@ class PolicyRun(Run):
         if args.rollout_correction == "none":
             return None, numbers
         return weights if args.correction_level == "token" else weights[:, 0], numbers  # one a completion, whose first token always counts
+
+    def watch_ratio(self, logprobs: Tensor | None, old: Tensor | None, mask: Tensor) -> None:
+        """Of the first update: how far from 1 the ratio is of the policy that has not moved yet. By rounding alone, if all is well."""
+        if self.ratio_deviation is None and logprobs is not None and old is not None:
+            self.ratio_deviation = torch.where(mask != 0, torch.expm1(logprobs.detach() - old).abs(), 0.0).max()
+
+    def first_ratio(self, step: int) -> dict[str, float]:
+        """What to report of it: the largest deviation in all processes, once, in the first step."""
+        if step or self.ratio_deviation is None:
+            return {}
+        return {"first_ratio_deviation": self.accelerator.gather(self.ratio_deviation).max().item()}
 
     def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""

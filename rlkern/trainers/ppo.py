@@ -180,6 +180,7 @@ class PPO(PolicyRun):
             config=self.args.loss_config(),
         )
         self.accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+        self.watch_ratio(out.logprobs, now.old, now.batch.mask)
         losses, metrics = [out.loss.detach()], [out.metrics[name] for name in POLICY_METRICS]
         if self.critic is not None:
             values = self.values(now.batch)[:, :-1]
@@ -242,7 +243,7 @@ class PPO(PolicyRun):
         numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
         numbers |= dict(zip(("loss", "value_loss"), (accelerator.reduce(torch.stack(losses).sum(0), "sum") / updates).tolist(), strict=False))
         numbers |= {name: torch.stack(of).mean().item() for name, of in norms.items()}
-        numbers |= mismatch | {"kl_coef": self.kl.coef, "learning_rate": learning_rate}
+        numbers |= mismatch | self.first_ratio(step) | {"kl_coef": self.kl.coef, "learning_rate": learning_rate}
         if self.reference is not None:
             self.kl.update(numbers["kl"], args.prompts_per_step * args.samples_per_prompt)
         if numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score":
