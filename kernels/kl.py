@@ -21,6 +21,12 @@ def outside(x, low, high):
 
 
 @triton.jit
+def times(x, y):
+    """x y, 0 where x is 0 whatever y is: what the objective does not need may have overflowed."""
+    return tl.where(x == 0.0, 0.0, x * y)
+
+
+@triton.jit
 def expm1_minus(x):
     """e^x - 1 - x without cancellation: its series where x is small."""
     series = x * (1.0 / 13) + 1.0
@@ -40,6 +46,11 @@ def absolute(d):
 
 
 @triton.jit
+def absolute_plus(d):
+    return tl.abs(d), d
+
+
+@triton.jit
 def k2(d):
     return 0.5 * d * d, d
 
@@ -47,7 +58,7 @@ def k2(d):
 @triton.jit
 def k3(d):
     value = expm1_minus(d)
-    return value, value + d
+    return value, tl.where(value < float("inf"), value + d, value)
 
 
 @triton.jit
@@ -65,6 +76,6 @@ def penalty(lp, ref, weight, o, ESTIMATOR: tl.constexpr):
     """(KL, d KL / d lp, d KL / d weight): input clamp, estimator, times the weight, output clamp. Where a clamp acts nothing has a gradient."""
     d = ref - lp
     value, slope = ESTIMATOR(clamp(d, o.kl_input_low, o.kl_input_high))
-    kl = value * weight
+    kl = times(value, weight)
     stopped = outside(d, o.kl_input_low, o.kl_input_high) | outside(kl, o.kl_output_low, o.kl_output_high)
-    return clamp(kl, o.kl_output_low, o.kl_output_high), tl.where(stopped, 0.0, -slope * weight), tl.where(stopped, 0.0, value)
+    return clamp(kl, o.kl_output_low, o.kl_output_high), tl.where(stopped, 0.0, times(-slope, weight)), tl.where(stopped, 0.0, value)

@@ -15,7 +15,7 @@ surrogates that reduce over the sequence by themselves the summand(log_r, A, o) 
 import triton
 import triton.language as tl
 
-from .kl import clamp, expm1_minus, outside, penalty
+from .kl import clamp, expm1_minus, outside, penalty, times
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def by_sign(positive, A, a, b):
 @triton.jit
 def clipped_branch(r, A, o):
     """(-min(min(r, cap) A, clamp(r) A), its derivative in r)."""
-    free, clipped = clamp(r, float("-inf"), o.ratio_cap) * A, clamp(r, o.low, o.high) * A
+    free, clipped = times(A, clamp(r, float("-inf"), o.ratio_cap)), times(A, clamp(r, o.low, o.high))
     free_slope = tl.where(r > o.ratio_cap, 0.0, A)
     clipped_slope = tl.where(outside(r, o.low, o.high), 0.0, A)
     slope = tl.where(free < clipped, free_slope, tl.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
@@ -48,7 +48,7 @@ def clip(lp, old, log_r, A, o):
     most = -o.dual_clip * A
     negative = A < 0.0
     slope = tl.where(negative & (loss > most), 0.0, tl.where(negative & (loss == most), 0.5 * slope, slope))
-    return tl.where(negative & (loss > most), most, loss), tl.zeros_like(lp), slope * r
+    return tl.where(negative & (loss > most), most, loss), tl.zeros_like(lp), times(slope, r)
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def clip_edges(lp, old, log_r, A, o):
 @triton.jit
 def cispo(lp, old, log_r, A, o):
     """-sg(clamp(r, low, high)) A lp."""
-    slope = -clamp(tl.exp(log_r), o.low, o.high) * A
-    return slope * lp, slope, tl.zeros_like(lp)
+    slope = times(A, -clamp(tl.exp(log_r), o.low, o.high))
+    return times(slope, lp), slope, tl.zeros_like(lp)
 
 
 @triton.jit
@@ -77,13 +77,13 @@ def sapo(lp, old, log_r, A, o):
     r = tl.exp(log_r)
     tau = by_sign(A > 0.0, A, o.tau_pos, o.tau_neg)
     gate = tl.sigmoid(tau * (r - 1.0))
-    return -gate * 4.0 / tau * A, tl.zeros_like(lp), -4.0 * A * gate * (1.0 - gate) * r
+    return times(A, -gate * 4.0 / tau), tl.zeros_like(lp), times(times(A, -4.0 * gate * (1.0 - gate)), r)
 
 
 @triton.jit
 def gmpo(lp, old, log_r, A, o):
     """-A e^q, q the sequence's mean of gmpo_summand."""
-    loss = -A * tl.exp(log_r)
+    loss = times(A, -tl.exp(log_r))
     return loss, tl.zeros_like(lp), loss
 
 
@@ -107,8 +107,8 @@ def vespo(lp, old, log_r, A, o):
     k = by_sign(A >= 0.0, A, o.vespo_k_pos, o.vespo_k_neg)
     scale = tl.maximum(by_sign(A >= 0.0, A, o.vespo_lambda_pos, o.vespo_lambda_neg), 1e-4)
     phi = tl.exp(scale + k * s - scale * tl.exp(s))
-    slope = -tl.where(phi < float("inf"), phi, 0.0) * A  # NaN too becomes 0
-    return slope * lp, slope, tl.zeros_like(lp)
+    slope = times(A, -tl.where(phi < float("inf"), phi, 0.0))  # NaN too becomes 0
+    return times(slope, lp), slope, tl.zeros_like(lp)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def dppo_kl_edges(lp, old, log_r, A, o):
 def dppo_ratio(lp, old, log_r, A, o, EDGES: tl.constexpr):
     """-r A inside the trust region."""
     low, high, _ = EDGES(lp, old, log_r, A, o)
-    loss = tl.where(low | high, 0.0, -tl.exp(log_r) * A)
+    loss = tl.where(low | high, 0.0, times(A, -tl.exp(log_r)))
     return loss, tl.zeros_like(lp), loss
 
 
@@ -151,8 +151,8 @@ def dppo_ratio(lp, old, log_r, A, o, EDGES: tl.constexpr):
 def dppo_score(lp, old, log_r, A, o, EDGES: tl.constexpr):
     """-sg(min(r, ratio_cap)) A lp inside the trust region."""
     low, high, _ = EDGES(lp, old, log_r, A, o)
-    slope = tl.where(low | high, 0.0, -clamp(tl.exp(log_r), float("-inf"), o.ratio_cap) * A)
-    return tl.where(low | high, 0.0, slope * lp), slope, tl.zeros_like(lp)
+    slope = tl.where(low | high, 0.0, times(A, -clamp(tl.exp(log_r), float("-inf"), o.ratio_cap)))
+    return times(slope, lp), slope, tl.zeros_like(lp)
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def dppo_kl_score(lp, old, log_r, A, o):
 @triton.jit
 def reinforce(lp, old, log_r, A, o):
     """-A lp."""
-    return -A * lp, -A, tl.zeros_like(lp)
+    return times(-A, lp), -A, tl.zeros_like(lp)
 
 
 @triton.jit
@@ -194,9 +194,9 @@ def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TER
     Gives (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL).
     """
     loss, d_lp, d_surrogate = TERM(lp, old, surrogate_log_r, A, o)
-    loss = tl.where(keep, loss * w, 0.0)
-    d_lp = tl.where(keep, d_lp * w, 0.0)
-    d_surrogate = tl.where(keep, d_surrogate * w, 0.0)
+    loss = tl.where(keep, times(loss, w), 0.0)
+    d_lp = tl.where(keep, times(d_lp, w), 0.0)
+    d_surrogate = tl.where(keep, times(d_surrogate, w), 0.0)
     d_log_r = tl.zeros_like(lp)
     kl = tl.zeros_like(lp)
     if ref is not None:
@@ -206,10 +206,11 @@ def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TER
         elif KL_WEIGHT == "sampling":
             weight = tl.exp(lp - sampling)
         kl, d_kl, d_weight = penalty(lp, ref, weight, o, ESTIMATOR)
-        loss += o.kl_coef * kl
-        d_lp += o.kl_coef * d_kl
+        coef = tl.zeros_like(lp) + o.kl_coef
+        loss += times(coef, kl)
+        d_lp += times(coef, d_kl)
         if KL_WEIGHT == "ratio":
-            d_log_r += o.kl_coef * d_weight * weight
+            d_log_r += times(coef, times(d_weight, weight))
         elif KL_WEIGHT != "none":
-            d_lp += o.kl_coef * d_weight * weight
+            d_lp += times(coef, times(d_weight, weight))
     return loss, d_lp, d_log_r, d_surrogate, kl

@@ -212,7 +212,7 @@ def lambda_returns_kernel(
             advantages = rho * (through(r_next, f, r + (g - f) * v_next) - v)
         else:
             bootstrap = tl.where(truncated, g * v_next, 0.0)
-            u = (1 - lam) * v + lam * (r + bootstrap)
+            u = through(r + bootstrap, lam, (1 - lam) * v)
             f = tl.where(counts, f, 1.0)
             _, u_next, state_after = recurrence(f, tl.where(counts, u, 0.0), state_after)
             returns = tl.where(truncated, r + bootstrap, through(u_next, g, r))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import policy
-from .kl import clamp, outside
+from .kl import clamp, outside, times
 
 
 class Rows(NamedTuple):
@@ -316,7 +316,7 @@ def policy_kernel(
                 log_r = lp - read_old(old, lp, row, columns, takes, DTYPE)
                 A = read(advantages, row, columns, takes, DTYPE)
                 _, slope = SUMMAND(clamp(log_r, o.log_ratio_low, o.log_ratio_high), A, o)
-                gradient += share * tl.where(outside(log_r, o.log_ratio_low, o.log_ratio_high), 0.0, slope)
+                gradient += times(tl.where(outside(log_r, o.log_ratio_low, o.log_ratio_high), 0.0, slope), share)
             else:
                 gradient += share
             tl.store(at(grad_logprobs, row, columns), gradient, mask=takes)

@@ -6,7 +6,7 @@ Programs, segments, partial sums and the order in which they are added are those
 import triton
 import triton.language as tl
 
-from .kl import clamp, outside
+from .kl import clamp, outside, times
 from .tokens import add_up, arrives_last, at, divisor, read, read_flag, segment, store_partial
 
 # The rows of ``partials``, one column a program.
@@ -21,7 +21,7 @@ def squared_error(v, old, target, clip):
     plain, clipped = error * error, clipped_error * clipped_error
     moves = ~outside(v, old - clip, old + clip)
     share = tl.where(plain > clipped, 1.0, tl.where(plain < clipped, 0.0, tl.where(moves, 1.0, 0.5)))
-    return 0.5 * tl.where(plain < clipped, clipped, plain), share * error, clipped > plain
+    return 0.5 * tl.where(plain < clipped, clipped, plain), times(share, error), clipped > plain
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from ._checks import check_choice, check_number
 from .surrogates import name_of
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
-KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")
 KL_RATIO_WEIGHTS = (False, True, "score", "sampling")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "sum")
 SEQUENCE_AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -69,7 +69,7 @@ class PolicyLossConfig:
     dual_clip: > 1; bounds the loss of tokens with A < 0 (verl's ``clip_ratio_c``).
     log_ratio_clamp: a number x for [-x, x], or (low, high) with None for no bound: clamps log r before exp; no gradient outside.
     off_policy_threshold: in sequences whose mean of ``sampling_logprobs - lp`` exceeds it, tokens with A < 0 are dropped (DeepSeek-V3.2). In nats.
-    kl_estimator, kl_coef: the estimator of D(policy || reference), added times the coefficient. "k1+" and "k3+" have the gradient of "k2".
+    kl_estimator, kl_coef: the estimator of D(policy || reference), added times the coefficient. "k1+", "abs+" and "k3+" have the gradient of "k2".
     kl_input_clamp, kl_output_clamp: like log_ratio_clamp, of ref - lp, and of the estimate after the ratio weight.
     kl_ratio_weighted: True: times r (DeepSeek-V3.2); "score": times exp(lp - sg(lp)) (NeMo); "sampling": times exp(lp - sampling_logprobs).
     entropy_coef: the loss has ``- entropy_coef * aggregate(entropy)``; by the policy's own aggregation and normalizer (verl), or, with

@@ -168,8 +168,8 @@ def kl_penalty(
 ) -> Tensor:
     """Per-token estimate of D(policy || reference) in nats from the log-probs of the sampled tokens: shape S, float32 (float64 for float64).
 
-    With d = ref - lp: "k1" -d, "abs" |d|, "k2" d^2 / 2, "k3" expm1(d) - d (http://joschu.net/blog/kl-approx.html); "k1+" and "k3+" have that value
-    and the gradient of k2. ``input_clamp`` acts on d, ``output_clamp`` on the estimate (a number x for [-x, x], or a pair with None for no
+    With d = ref - lp: "k1" -d, "abs" |d|, "k2" d^2 / 2, "k3" expm1(d) - d (http://joschu.net/blog/kl-approx.html); "k1+", "abs+" and "k3+" have
+    that value and the gradient of k2. ``input_clamp`` acts on d, ``output_clamp`` on the estimate (a number x for [-x, x], or a pair with None for no
     bound); there the gradient is 0. 0 at masked positions, which are not read. Differentiable in ``logprobs``.
     """
     check_tensor("logprobs", logprobs, dtypes=FLOATS)

@@ -25,6 +25,54 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+# ---- Where a number overflows ---------------------------------------------------------------------------------------------------------------
+# exp(log r) is not a number to multiply by where the objective does not need it: 0 times infinity is 0, in values and in gradients.
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """x y, 0 where x is 0, whatever y is."""
+    return torch.where(x == 0, torch.zeros_like(x), x * y)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return times(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return torch.where(y == 0, torch.zeros_like(g), times(g, y)), torch.where(g == 0, torch.zeros_like(g), times(x, g))
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return torch.where(slope == 0, torch.zeros_like(g), times(g, slope)), None, None
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x y, 0 where x is 0, of equal shapes;  a derivative is 0 where one of its two factors is."""
+    return _Product.apply(x, y)
+
+
+def chain(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """``value``, a function of x with the derivative ``slope``, whose products by the chain rule are 0 where one of the factors is."""
+    return _Chain.apply(x, value.detach(), slope.detach())
+
+
+def exp(x: Tensor) -> Tensor:
+    y = x.detach().exp()
+    return chain(x, y, y)
+
+
 # ---- 1. From logits to per-token statistics -------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +198,7 @@ def importance_ratio(
 
 def clip_surrogate(r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
     """-min(min(r, ratio_cap) A, clamp(r, 1 - clip_low, 1 + clip_high) A);  where A < 0, at most -dual_clip A."""
-    loss = -torch.minimum(clamp(r, (None, c.ratio_cap)) * A, clamp(r, ratio_limits(c)) * A)
+    loss = -torch.minimum(product(A, clamp(r, (None, c.ratio_cap))), product(A, clamp(r, ratio_limits(c))))
     if c.dual_clip is not None:
         loss = torch.where(A < 0, torch.minimum(loss, -c.dual_clip * A), loss)
     return loss
@@ -163,13 +211,19 @@ def ratio_limits(c: PolicyLossConfig) -> tuple[float | None, float | None]:
 
 def cispo_surrogate(lp: Tensor, r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
     """-sg(clamp(r, 1 - clip_low, 1 + clip_high)) A lp;  with cispo_cap: -sg(min(r, cispo_cap)) A lp."""
-    return -clamp(r, ratio_limits(c) if c.cispo_cap is None else (None, c.cispo_cap)).detach() * A * lp
+    limited = clamp(r, ratio_limits(c) if c.cispo_cap is None else (None, c.cispo_cap)).detach()
+    return -product(product(A, limited), lp)
+
+
+def by_sign(positive: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """a where ``positive``, else b, in the dtype of ``like``: torch.where of two Python numbers would round them to float32."""
+    return torch.where(positive, torch.full_like(like, a), torch.full_like(like, b))
 
 
 def sapo_surrogate(r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
     """-sigmoid(tau (r - 1)) 4 / tau A."""
-    tau = torch.where(A > 0, c.tau_pos, c.tau_neg).to(r.dtype)
-    return -torch.sigmoid(tau * (r - 1)) * 4 / tau * A
+    tau = by_sign(A > 0, c.tau_pos, c.tau_neg, r)
+    return -product(A, torch.sigmoid(tau * (r - 1)) * 4 / tau)
 
 
 def gmpo_surrogate(log_r: Tensor, A: Tensor, kept: Tensor, c: PolicyLossConfig, cu_seqlens: Tensor | None) -> Tensor:
@@ -178,7 +232,7 @@ def gmpo_surrogate(log_r: Tensor, A: Tensor, kept: Tensor, c: PolicyLossConfig, 
     clipped = torch.where(A > 0, torch.minimum(log_r, limited), torch.maximum(log_r, limited))
     total = sequence_sum(torch.where(kept, clipped, 0.0), cu_seqlens)
     mean = total / sequence_sum(kept.to(total.dtype), cu_seqlens).clamp(min=1)
-    return -A * to_tokens(mean.exp(), A, cu_seqlens)
+    return -product(A, to_tokens(exp(mean), A, cu_seqlens))
 
 
 def vespo_surrogate(
@@ -191,16 +245,16 @@ def vespo_surrogate(
         log_w = w.log().clamp(low, high)
         s = s + (log_w if w_by_sequence else to_tokens(sequence_sum(log_w, cu_seqlens), lp, cu_seqlens))
     s = s.clamp(low, high)
-    k = torch.where(A >= 0, c.vespo_k_pos, c.vespo_k_neg).to(s.dtype)
-    lam = torch.where(A >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg).to(s.dtype).clamp(min=1e-4)
+    k = by_sign(A >= 0, c.vespo_k_pos, c.vespo_k_neg, s)
+    lam = by_sign(A >= 0, c.vespo_lambda_pos, c.vespo_lambda_neg, s).clamp(min=1e-4)
     phi = torch.exp(lam + k * s - lam * s.exp()).nan_to_num(nan=0.0, posinf=0.0)
-    return -phi.detach() * A * lp
+    return -product(product(A, phi.detach()), lp)
 
 
 def dppo_surrogate(lp: Tensor, old: Tensor, r: Tensor, A: Tensor, c: PolicyLossConfig) -> Tensor:
     """-r A keep  or  -sg(min(r, ratio_cap)) A lp keep."""
     low, high = dppo_dropped(lp.detach(), old, A, c)
-    loss = -r * A if c.dppo_form == "ratio" else -clamp(r, (None, c.ratio_cap)).detach() * A * lp
+    loss = -product(A, r) if c.dppo_form == "ratio" else -product(product(A, clamp(r, (None, c.ratio_cap)).detach()), lp)
     return torch.where(low | high, torch.zeros_like(loss), loss)
 
 
@@ -229,7 +283,7 @@ def clipped_tokens(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, c: PolicyL
         r, low, high = log_r, None if c.clip_low is None else -c.clip_low, c.clip_high
     dual = none
     if c.surrogate == "clip" and c.dual_clip is not None:
-        undual = -torch.minimum(clamp(r, (None, c.ratio_cap)) * A, clamp(r, (low, high)) * A)
+        undual = -torch.minimum(product(A, clamp(r, (None, c.ratio_cap))), product(A, clamp(r, (low, high))))
         dual = (A < 0) & (undual > -c.dual_clip * A)
     return none if low is None else (A < 0) & (r < low), none if high is None else (A > 0) & (r > high), dual
 
@@ -247,7 +301,7 @@ def kl_penalty(
     output_clamp: Limits = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """k1 = -d,  abs = |d|,  k2 = d^2 / 2,  k3 = expm1(d) - d  with d = ref - lp;  a "+": that value with the gradient of k2.
+    """k1 = -d,  abs = |d|,  k2 = d^2 / 2,  k3 = expm1(d) - d  with d = ref - lp;  a "+": that value with the gradient of k2, d.
 
     ``weight`` multiplies before the output clamp, with its gradient. Where the input clamp acts nothing has a gradient. 0 at masked positions.
     """
@@ -255,12 +309,12 @@ def kl_penalty(
     lp = torch.where(m, logprobs.to(compute_dtype(logprobs)), 0.0)
     unclamped = torch.where(m, ref_logprobs.detach().to(lp.dtype), 0.0) - lp
     d = clamp(unclamped, input_clamp)
-    k2 = d * d / 2
-    kl = {"k1": -d, "abs": d.abs(), "k2": k2, "k3": torch.expm1(d) - d}[estimator.removesuffix("+")]
+    growth = torch.expm1(d.detach())
+    kl = {"k1": -d, "abs": d.abs(), "k2": chain(d, d * d / 2, d), "k3": chain(d, growth - d, growth)}[estimator.removesuffix("+")]
     if estimator.endswith("+"):
-        kl = kl.detach() + (k2 - k2.detach())
+        kl = chain(d, kl, d)
     if weight is not None:
-        kl = kl * weight
+        kl = product(kl, weight)
     if input_clamp is not None:
         kl = torch.where(d == unclamped, kl, kl.detach())
     return torch.where(m, clamp(kl, output_clamp), 0.0)
@@ -366,7 +420,7 @@ def policy_loss(
     old = lp.detach() if old_logprobs is None else constant(old_logprobs)
     A = constant(per_token(advantages, lp, cu_seqlens))
     log_r = log_ratio(lp, old, m, c.ratio_level, c.log_ratio_clamp, cu_seqlens)
-    r = log_r.exp()
+    r = exp(log_r)
     kept = m if entropy_mask is None else m & (entropy_mask != 0)
     w, w_by_sequence = None, False
     if importance_weights is not None:
@@ -386,7 +440,7 @@ def policy_loss(
     elif c.surrogate in ("dppo_tv", "dppo_kl"):
         loss = dppo_surrogate(lp, old, r, A, c)
     elif c.surrogate == "reinforce":
-        loss = -A * lp
+        loss = -product(A, lp)
     else:
         raise ValueError(f"the reference has no formula for surrogate {c.surrogate!r}")
 
@@ -397,16 +451,16 @@ def policy_loss(
     if c.surrogate != "gmpo":  # there the mask has already acted, on the mean
         loss = torch.where(kept, loss, 0.0)
     if w is not None and c.surrogate != "vespo":
-        loss = loss * w
+        loss = product(loss, w)
     kl = torch.zeros_like(lp)
     if ref_logprobs is not None:
         weight = None
         if c.kl_ratio_weighted is True:
             weight = r
         elif c.kl_ratio_weighted == "score":
-            weight = torch.exp(lp - lp.detach())
+            weight = exp(lp - lp.detach())
         elif c.kl_ratio_weighted == "sampling" and sampling_logprobs is not None:
-            weight = torch.exp(lp - constant(sampling_logprobs))
+            weight = exp(lp - constant(sampling_logprobs))
         kl = kl_penalty(lp, constant(ref_logprobs), c.kl_estimator, input_clamp=c.kl_input_clamp, output_clamp=c.kl_output_clamp, weight=weight)
     if c.kl_coef != 0:
         loss = loss + c.kl_coef * kl
@@ -512,8 +566,8 @@ def td_errors(
         V_next = torch.where(stop[..., t], 0.0, V_next)
         D_next = torch.where(cut[..., t], 0.0, D)
         delta = rho[..., t] * (r[..., t] + gamma * V_next - v[..., t])
-        errors.append(delta + gamma * lam * c[..., t] * D_next)
-        advantages.append(r[..., t] + gamma * (V_next + lam * D_next) - v[..., t])
+        errors.append(delta + times(gamma * lam * c[..., t], D_next))
+        advantages.append(r[..., t] + gamma * (V_next + times(lam * torch.ones_like(D_next), D_next)) - v[..., t])
         step = m[..., t] if masked == "skip" else ~no[..., t]
         D, V = torch.where(step, errors[-1], D), torch.where(step, v[..., t], V)
     if not errors:

@@ -114,6 +114,7 @@ CASES: dict[str, Config] = {
     "dapo, k1 by sampling": Config.dapo(kl_coef=0.2, kl_estimator="k1", kl_ratio_weighted="sampling", aggregation="sum"),
     "grpo, clamped k3": Config.grpo(kl_coef=0.2, kl_input_clamp=0.3, kl_output_clamp=0.02, **_entropy()),
     "grpo, one-sided": Config.grpo(clip_low=None, clip_high=0.1, log_ratio_clamp=(None, 0.2), kl_coef=0.1, kl_estimator="abs"),
+    "grpo, abs+": Config.grpo(kl_coef=0.1, kl_estimator="abs+"),
     "dr_grpo": Config.dr_grpo(max_length=7, **_entropy(entropy_aggregation="token-mean")),
     "luspo, k3+ by ratio": Config.luspo(kl_coef=0.2, kl_estimator="k3+", kl_ratio_weighted=True, off_policy_threshold=0.05),
     "gspo": Config.gspo(**_entropy(entropy_aggregation="seq-mean-token-mean")),

@@ -170,7 +170,7 @@ def test_trl(loss_type, data):
     if loss_type == "cispo":
         per_token = -r.clamp(max=5.0).detach() * A * d.lp
     elif loss_type == "sapo":
-        tau = torch.where(A > 0, 1.0, 1.05)
+        tau = torch.where(A > 0, 1.0, torch.full_like(A, 1.05))
         per_token = -torch.sigmoid(tau * (r - 1)) * 4 / tau * A
     else:
         per_token = -torch.min(r.clamp(max=1.5) * A, r.clamp(0.8, 1.28) * A)

@@ -15,7 +15,7 @@ from ..reference import one_a_sequence, per_token, sequence_sum, to_tokens
 from ..surrogates import own_surrogate
 from .operators import fake_of, operator
 from .policy_terms import ESTIMATORS, Options, clamp, log_weight, objective, outside, surrogate_of, zero_where
-from .select import bits, select
+from .select import bits, select, times
 from .tokens import WARPS, Layout, divisor
 
 METRICS = (
@@ -209,7 +209,7 @@ def _torch_path(
             d_log_r = d_log_r + d_own
         elif slope is not None and isinstance(d_own, Tensor):
             share = over_sequences(counted(d_own, live)) / kept_length
-            gradient = gradient + share * counted(zero_where(stopped, slope), kept)
+            gradient = gradient + times(counted(zero_where(stopped, slope), kept), share)
         if isinstance(d_log_r, Tensor):
             d_log_r = zero_where(stopped, d_log_r)
             if config.ratio_level in ("sequence", "sequence_sum"):

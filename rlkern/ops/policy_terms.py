@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import INF, PolicyLossConfig, bounds
 from ..surrogates import OwnSurrogate, own_surrogate
-from .select import as_number, bits, select
+from .select import as_number, bits, select, times
 
 
 class Options(NamedTuple):
@@ -115,7 +115,7 @@ def clip(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple
         over = (A < 0) & (loss > most)
         slope = torch.where(over, 0.0, torch.where((A < 0) & (loss == most), 0.5 * slope, slope))
         loss = torch.where(over, most, loss)
-    return loss, 0.0, slope * r
+    return loss, 0.0, times(slope, r)
 
 
 def clip_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,11 +134,16 @@ def ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -
     return (A < 0) & (r < o.low), (A > 0) & (r > o.high), nowhere(A)
 
 
+def by_sign(positive: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """a where ``positive``, else b, in the dtype of ``like``: torch.where of two Python numbers would round them to float32."""
+    return torch.where(positive, like.new_tensor(a), like.new_tensor(b))
+
+
 def sapo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
     r = log_r.exp()
-    tau = torch.where(A > 0, o.tau_pos, o.tau_neg).to(A.dtype)
+    tau = by_sign(A > 0, o.tau_pos, o.tau_neg, A)
     gate = torch.sigmoid(tau * (r - 1))
-    return -gate * 4 / tau * A, 0.0, -4 * A * gate * (1 - gate) * r
+    return -gate * 4 / tau * A, 0.0, times(-4 * A * gate * (1 - gate), r)
 
 
 def gmpo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
@@ -161,8 +166,8 @@ VESPO_LOW, VESPO_HIGH = math.log(1e-8), 20.0
 
 def vespo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
     s = log_r.clamp(VESPO_LOW, VESPO_HIGH)
-    k = torch.where(A >= 0, o.vespo_k_pos, o.vespo_k_neg).to(s.dtype)
-    scale = torch.where(A >= 0, max(o.vespo_lambda_pos, 1e-4), max(o.vespo_lambda_neg, 1e-4)).to(s.dtype)
+    k = by_sign(A >= 0, o.vespo_k_pos, o.vespo_k_neg, s)
+    scale = by_sign(A >= 0, max(o.vespo_lambda_pos, 1e-4), max(o.vespo_lambda_neg, 1e-4), s)
     slope = -torch.exp(scale + k * s - scale * s.exp()).nan_to_num(nan=0.0, posinf=0.0) * A
     return slope * lp, slope, 0.0
 
@@ -195,7 +200,7 @@ def _dppo_ratio(log_r: Tensor, A: Tensor, dropped: Tensor) -> tuple[Tensor, Deri
 
 def _dppo_score(lp: Tensor, log_r: Tensor, A: Tensor, dropped: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
     slope = (-clamp(log_r.exp(), -INF, o.ratio_cap) * A).masked_fill(dropped, 0.0)
-    return (slope * lp).masked_fill(dropped, 0.0), slope, 0.0
+    return times(slope, lp), slope, 0.0
 
 
 def dppo_tv_ratio(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
@@ -303,6 +308,10 @@ def absolute(d: Tensor) -> tuple[Tensor, Derivative]:
     return d.abs(), d.sign()
 
 
+def absolute_plus(d: Tensor) -> tuple[Tensor, Derivative]:
+    return d.abs(), d
+
+
 def k2(d: Tensor) -> tuple[Tensor, Derivative]:
     return 0.5 * d * d, d
 
@@ -324,6 +333,7 @@ def k3_plus(d: Tensor) -> tuple[Tensor, Derivative]:
 ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Derivative]]] = {
     "k1": k1,
     "abs": absolute,
+    "abs+": absolute_plus,
     "k2": k2,
     "k3": k3,
     "k1+": k1_plus,
@@ -338,7 +348,7 @@ def kl_penalty(lp: Tensor, ref: Tensor, weight: Tensor | None, estimator: str, o
     if not isinstance(slope, Tensor):
         slope = torch.full_like(value, slope)
     if weight is not None:
-        value, slope = value * weight, slope * weight
+        value, slope = times(value, weight), times(slope, weight)
     stopped = (outside(d, o.kl_input_low, o.kl_input_high), outside(value, o.kl_output_low, o.kl_output_high))
     d_lp, d_weight = (zero_where(stopped[1], zero_where(stopped[0], x)) for x in (-slope, value))
     return clamp(value, o.kl_output_low, o.kl_output_high), d_lp, d_weight
@@ -358,11 +368,15 @@ def objective(
     o: Options,
 ) -> tuple[Tensor, Derivative, Derivative, Derivative, Tensor | None]:
     """One token's loss,  keep w surrogate + kl_coef KL:  (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL)."""
-    loss, d_lp, d_own = surrogate_of(config).term(lp, old, surrogate_log_r, A, o)
+    read = (lp, old, surrogate_log_r)
+    if own_surrogate(config.surrogate) is None:  # ours are multiples of A: where that is 0 they are 0, whatever the rest is
+        moves = bits(A != 0, A.dtype)
+        read = (select(moves, lp), select(moves, old), select(moves, surrogate_log_r))
+    loss, d_lp, d_own = surrogate_of(config).term(*read, A, o)
 
     def weighted(x: Derivative) -> Derivative:
         if isinstance(x, Tensor):
-            x = x if w is None else x * w
+            x = x if w is None else times(x, w)
             x = x if keep is None else select(bits(keep, x.dtype), x)
         return x
 
@@ -376,6 +390,8 @@ def objective(
         elif config.kl_ratio_weighted == "sampling" and sampling is not None:
             weight = torch.exp(lp - sampling)
         kl, d_kl, d_weight = kl_penalty(lp, ref, weight, config.kl_estimator, o)
+        if o.kl_coef == 0:  # a metric
+            return loss, d_lp, d_log_r, d_own, kl
         loss = loss + o.kl_coef * kl
         d_lp = d_lp + o.kl_coef * d_kl
         if config.kl_ratio_weighted is True:

@@ -13,7 +13,7 @@ from .._checks import state_dtype
 from ..config import SEQUENCE_AGGREGATIONS
 from ..reference import sequence_sum, to_tokens
 from .operators import fake_of, operator
-from .select import as_number, bits, select
+from .select import as_number, bits, select, times
 from .tokens import Layout, divisor
 
 WARPS = 4  # four tokens of a block a thread; compilers give smaller programs the registers that the float64 sums take
@@ -82,7 +82,7 @@ def _torch_path(x: Values, clip: float, aggregation: str, max_length: float, los
         # Numbers instead of bools: 1 where the plain error is the larger, 1/2 where it is as large, unless that is because nothing was clipped.
         plain_slope = as_number(torch.gt, squared, clipped).add_(as_number(torch.ge, squared, clipped)).mul_(0.5)
         moves = as_number(torch.ge, v, low).mul_(as_number(torch.le, v, high))
-        slope = error * torch.maximum(plain_slope, moves)
+        slope = times(torch.maximum(plain_slope, moves), error)
         clip_fraction = (clipped > squared).count_nonzero() / count
         squared = torch.maximum(squared, clipped)
     by = divisor(aggregation, x.normalizer, m, x.cu_seqlens, max_length)
