@@ -54,8 +54,10 @@ def gae(
         masked: what a masked step is to the steps before it. "skip": nothing; V and A pass over it, so that the valid steps get what the sequence
             without the others would. "decay": a step of r = V = 0 without flags, through which A decays by gamma lam and V_{t+1} is 0; padding at the
             end counts too, so there ``last_values`` lies beyond the padding.
-        last_values: V beyond the end of each sequence, for one that goes on: ``S[:-1]``, or ``[sequences]``. Default 0.
-        next_values: ``S``; V of the observation that step t led to, read where ``truncated`` (and not ``terminated``) alone.
+        last_values: V beyond the end of each sequence, for one that goes on: ``S[:-1]``, or ``[sequences]``. Default: ``next_values`` at its last
+            valid step where these are given, else 0.
+        next_values: ``S``; V of the observation that step t led to, read where ``truncated`` (and not ``terminated``), and at the last valid step
+            without ``last_values``.
         terminated: ``S``, any dtype, non-zero where step t ended its episode: V_{t+1} and A_{t+1} count as 0.
         truncated: ``S``, non-zero where the episode was cut short after step t: A_{t+1} counts as 0, V_{t+1} is ``next_values[t]``, without
             ``next_values`` the next valid step's V (``last_values`` at the end). A step that is both has terminated.
@@ -135,6 +137,9 @@ def _gae_over_ranks(
     valid = torch.ones(rewards.shape, dtype=torch.bool, device=rewards.device) if mask is None else mask != 0
     empty = ~valid.any(-1)
     beyond = values.new_zeros(empty.shape, dtype=dtype) if last_values is None else last_values.to(dtype)
+    if last_values is None and next_values is not None:  # of the rank that has the last valid step; what others take for it reaches no step
+        check_tensor("next_values", next_values, shape=rewards.shape, dtypes=FLOATS, device=rewards.device)
+        beyond = _beyond_the_end(next_values, mask, None).to(dtype)
     value_after = following(beyond, first_valid(values.detach()), empty.to(dtype))
     boundaries = (mask, masked, value_after, next_values, terminated, truncated, None)
     advantages, returns, _ = _returns(rewards, values, gamma, lam, *boundaries, validate, backend)
@@ -236,6 +241,22 @@ def vtrace(
     return advantages, targets
 
 
+def _beyond_the_end(next_values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``next_values`` at the last valid step of each sequence, which is V of what follows it; 0 where no step is valid."""
+    valid = torch.ones_like(next_values, dtype=torch.bool) if mask is None else mask != 0
+    steps = torch.arange(valid.shape[-1], device=valid.device)
+    if cu_seqlens is None:
+        last = torch.where(valid, steps, -1).amax(-1) if len(steps) else torch.full(valid.shape[:-1], -1, device=valid.device)
+        first = torch.zeros_like(last)
+    else:
+        # Of an empty sequence the step before its end is another's, before its first.
+        first, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        last = torch.cat([steps.new_full((1,), -1), torch.where(valid, steps, -1).cummax(0).values if len(steps) else steps])[end]
+    padded = torch.cat([next_values.new_zeros(*next_values.shape[:-1], 1), next_values], -1)
+    found = padded.gather(-1, (last + 1).unsqueeze(-1)).squeeze(-1) if cu_seqlens is None else padded[last + 1]
+    return torch.where(last >= first, found, 0.0).detach()
+
+
 def _returns(
     rewards: Tensor,
     values: Tensor | None,
@@ -273,6 +294,8 @@ def _returns(
         sequences = (cu_seqlens.numel() - 1,)
     if last_values is not None:
         check_tensor("last_values", last_values, shape=sequences, dtypes=FLOATS, device=device)
+    elif next_values is not None:
+        last_values = _beyond_the_end(next_values, mask, cu_seqlens)
     numbers, rows = [], []
     for name, y in (("gamma", gamma), ("lam", lam)):
         if isinstance(y, Tensor):

@@ -53,8 +53,8 @@ def policy_loss(
     Args:
         logprobs: log-probs of the policy (nats), shape S: ``[batch, time]`` (any leading dimensions; the last is time), or ``[tokens]``.
         old_logprobs: those of the behaviour policy, shape S. None: on-policy, the ratio is 1 and has a gradient.
-        advantages: shape S; or one a sequence: ``[batch]`` for ``[batch, time]`` (a 1-D tensor always is), ``[sequences]`` with ``cu_seqlens``
-            (where there are as many tokens as sequences, it is one a token).
+        advantages: shape S; or one a sequence: ``[batch]`` (a 1-D tensor always is) or ``[batch, 1]`` for ``[batch, time]``, ``[sequences]`` with
+            ``cu_seqlens`` (where there are as many tokens as sequences, it is one a token).
         mask: shape S, any dtype; non-zero counts. Masked positions are never read, in any input.
         ref_logprobs: log-probs of the reference policy, shape S; needed where ``config.kl_coef`` is not 0.
         entropy: entropies of the policy (nats), shape S; needed where ``config.entropy_coef`` is not 0.
@@ -344,6 +344,8 @@ def check_tokens(
     for aggregation in (config.aggregation, config.own_entropy_aggregation or config.aggregation):
         _check_aggregation(aggregation, config.max_length, cu_seqlens)
     _check_sequences(logprobs, cu_seqlens, validate, config.sequence_option)
+    if isinstance(advantages, Tensor) and len(shape) > 1 and cu_seqlens is None and advantages.shape == (*shape[:-1], 1):
+        advantages = advantages.squeeze(-1)  # one a sequence
     _check_per_token("advantages", advantages, logprobs, cu_seqlens)
     if importance_weights is not None:
         _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)

@@ -534,7 +534,7 @@ def td_errors(
     """The recursion that all the functions of time share, from the last step to the first:
 
     delta_t = rho_t (r_t + gamma V' - V_t),   D_t = delta_t + gamma lam c_t D'
-    V', D'    of the next step; beyond the end V' = last_values or 0, D' = 0
+    V', D'    of the next step; beyond the end D' = 0, V' = last_values, else next_values at the last valid step, else 0
     terminated: V' = D' = 0;   truncated: D' = 0, and V' is next_values[t] where given;   a step that is both is terminated
     masked:   "skip" leaves the step out;  "decay" takes it as r = V = 0, neither terminated nor truncated
 
@@ -560,6 +560,9 @@ def td_errors(
     cut = stop if truncated is None else stop | (m & (truncated != 0))
     D = torch.zeros(rewards.shape[:-1], dtype=dtype, device=rewards.device)
     V = D if last_values is None else last_values.to(dtype)
+    if last_values is None and next_values is not None and m.shape[-1]:
+        last = torch.where(m, torch.arange(m.shape[-1], device=m.device), -1).amax(-1, keepdim=True)
+        V = torch.where(last >= 0, next_values.gather(-1, last.clamp(min=0)).to(dtype), 0.0).squeeze(-1)
     errors, advantages = [], []
     for t in reversed(range(rewards.shape[-1])):
         V_next = V if next_values is None else torch.where(cut[..., t] & ~stop[..., t], next_values[..., t].to(dtype), V)

@@ -373,11 +373,20 @@ def test_second_backward_is_an_error():
     leaves = problem.leaves()
     loss = rk.fused_linear_policy_loss(*leaves[:2], ids, old, advantages, bias=leaves[2], **named).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"gradients were made in its forward: .* Pass mode='recompute'"):
         loss.backward()
     (g,) = torch.autograd.grad(rk.fused_linear_policy_loss(*leaves[:2], ids, old, advantages, **named).loss, leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not require grad|differentiate twice"):
         g.sum().backward()
+
+
+def test_second_backward_by_recomputation():
+    problem = Problem()
+    (ids, old, advantages), named = problem.arguments(Config())
+    leaves = problem.leaves()
+    loss = rk.fused_linear_policy_loss(*leaves[:2], ids, old, advantages, mode="recompute", **named).loss
+    first, second = (torch.autograd.grad(loss, leaves[:2], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def test_inplace_is_noticed_by_other_users(backend, device):

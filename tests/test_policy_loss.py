@@ -376,6 +376,13 @@ def test_half_precision_inputs(dtype, backend, device):
     assert_accurate(mine["d logprobs"], exact["d logprobs"], exact["d logprobs"].to(dtype), eps=1e-6)
 
 
+def test_advantages_of_a_sequence_may_have_a_dimension_of_one(backend, device):
+    batch = make_batch(device)
+    A = torch.randn(batch.logprobs.shape[0], dtype=batch.logprobs.dtype, device=device)
+    flat, column = (results(rk.policy_loss, batch._replace(advantages=x).kwargs(), config=Config(), backend=backend) for x in (A, A.unsqueeze(1)))
+    assert all(torch.equal(flat[name], column[name]) for name in flat)
+
+
 # ---- promises -----------------------------------------------------------------------------------------------------------------------------------
 
 

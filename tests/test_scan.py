@@ -486,3 +486,44 @@ def test_errors_of_packed_and_of_vtrace(device):
         rk.vtrace(x, x, x, x, gamma=1.0, rho_clip=0)
     with pytest.raises(TypeError, match=r"old_logprobs must be a torch\.Tensor, got NoneType"):
         rk.vtrace(x, x, x, None, gamma=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+@pytest.mark.parametrize("function", ["gae", "td_lambda", "vtrace"])
+def test_next_values_bootstrap_the_end(function, masked, backend, device):
+    """Without last_values, V beyond the end is next_values at the last valid step; other entries are not read."""
+    r, v, following = (numbers(4, 9).to(device) for _ in range(3))
+    mask = some(4, 9).to(device)
+    mask[1, -3:], mask[2], mask[3, -1] = 0, 0, 1
+    position = torch.where(mask != 0, torch.arange(9, device=device), -1).amax(1)
+    last = torch.where(position >= 0, following.gather(1, position.clamp(min=0)[:, None])[:, 0], 0.0)
+    read = torch.zeros_like(mask, dtype=torch.bool).scatter_(1, position.clamp(min=0)[:, None], True) & (mask != 0)
+    policies = [numbers(4, 9).to(device) for _ in range(2)] if function == "vtrace" else []
+    options = {"gamma": 0.9, "lam": 0.8, "mask": mask, "masked": masked, "backend": backend}
+    mine = getattr(rk, function)(r, v, *policies, next_values=following.masked_fill(~read, torch.nan), **options)
+    exact = getattr(rk, function)(r, v, *policies, last_values=last, **options)
+    specified = getattr(reference, function)(r, v, *policies, next_values=following, **{k: x for k, x in options.items() if k != "backend"})
+    together = zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, exact, specified)), strict=True)
+    for a, b, c in together:
+        assert torch.equal(a, b)
+        assert_accurate(a, c, eps=1e-12)
+    cu = torch.arange(5, device=device) * 9
+    packed = getattr(rk, function)(
+        r.flatten(),
+        v.flatten(),
+        *(x.flatten() for x in policies),
+        next_values=following.flatten(),
+        cu_seqlens=cu,
+        **options | {"mask": mask.flatten()},
+    )
+    for a, b in zip(packed if isinstance(packed, tuple) else (packed,), exact if isinstance(exact, tuple) else (exact,), strict=True):
+        assert_accurate(a.view(4, 9), b, eps=1e-12)
+
+
+def test_next_values_of_empty_sequences(backend, device):
+    r, v, following = (numbers(5).to(device) for _ in range(3))
+    cu = torch.tensor([0, 0, 2, 2, 5, 5], device=device)
+    found = rk.gae(r, v, gamma=0.9, lam=0.8, next_values=following, cu_seqlens=cu, backend=backend)
+    last = torch.stack([following.new_zeros(()), following[1], following.new_zeros(()), following[4], following.new_zeros(())])
+    assert torch.equal(found[0], rk.gae(r, v, gamma=0.9, lam=0.8, last_values=last, cu_seqlens=cu, backend=backend)[0])

@@ -47,6 +47,14 @@ def check(case, function, *names):
         assert_accurate(x, expected, eps=1e-5 * max(1.0, float(expected.abs().max())))
 
 
+@pytest.mark.parametrize("beta", [None, 0.0, -1.0])
+def test_dro_without_its_coefficient(beta):
+    config = actor_config()
+    config.policy_loss.dro_beta = beta
+    with pytest.raises(ValueError, match=r"needs policy_loss\.dro_beta, a number > 0; got"):
+        ours.policy_loss_fn("dro")(INPUTS["old_log_prob"], INPUTS["old_log_prob"], INPUTS["advantages"], INPUTS["mask"], "token-mean", config, None)
+
+
 @cases("policy")
 def test_policy_losses(case):
     settings, metrics = case["settings"], {}

@@ -106,7 +106,10 @@ def policy_loss_config(mode: str, config: Any, loss_agg_mode: str = "token-mean"
         taus = {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
         of_mode["sapo"] = {"surrogate": "sapo", "log_ratio_clamp": 20.0, "aggregation": "seq-mean-token-mean", **taus}
     if mode == "dro":
-        of_mode["dro"] = {"surrogate": "reinforce", "kl_estimator": "k2", "kl_coef": config.policy_loss.dro_beta}
+        beta = getattr(config.policy_loss, "dro_beta", None)
+        if beta is None or not beta > 0:
+            raise ValueError(f"loss_mode 'dro' needs policy_loss.dro_beta, a number > 0; got {beta!r}")
+        of_mode["dro"] = {"surrogate": "reinforce", "kl_estimator": "k2", "kl_coef": beta}
     shared = {"clip_low": low, "clip_high": high, "aggregation": _AGGREGATIONS[loss_agg_mode]}
     return rk.PolicyLossConfig(**{**shared, "max_length": config.global_batch_info.get("loss_scale_factor"), **of_mode[mode]})
 

@@ -205,17 +205,24 @@ class GradientsInForward(torch.autograd.Function):
         half = len(gradients_and_inputs) // 2
         ctx.save_for_backward(*gradients_and_inputs[:half])
         ctx.dtypes = [None if x is None else x.dtype for x in gradients_and_inputs[half:]]
+        ctx.spent = False
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "a second backward through a loss whose gradients were made in its forward: the first one gave them away. Pass mode='recompute' to "
+                "functions from hidden states, call token_logprobs and policy_loss instead of fused_policy_loss, or scale the loss before one backward"
+            )
         gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = []
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[1 + len(gradients) :], strict=True):
             if gradient is None or not needed:
                 scaled.append(None)
             elif gradient.dtype == dtype:
+                ctx.spent = True
                 scaled.append(gradient.mul_(grad_loss.to(dtype)))
             else:  # kept in float32, rounded once
                 scaled.append(torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype)))
