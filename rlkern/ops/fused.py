@@ -214,7 +214,7 @@ class GradientsInForward(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(
                 "a second backward through a loss whose gradients were made in its forward: the first one gave them away. Pass mode='recompute' to "
-                "functions from hidden states, call token_logprobs and policy_loss instead of fused_policy_loss, or scale the loss before one backward"
+                "functions from hidden states, call token_logprobs and policy_loss instead of fused_policy_loss, or scale the loss instead"
             )
         gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = []
