@@ -151,15 +151,15 @@ def test_products_on_a_cpu(shape, out_dtype, accumulate, monkeypatch):
 
 
 class Recorded(TorchDispatchMode):
-    """The operators that were called, with their dtypes."""
+    """The operators that were called, with their dtypes and beta."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, list[torch.dtype]]] = []
+        self.calls: list[tuple[str, list[torch.dtype], float]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
-        self.calls.append((str(func), [t.dtype for t in tensors]))
+        self.calls.append((str(func), [t.dtype for t in tensors], (kwargs or {}).get("beta", 1)))
         return tensors[-1]
 
 
@@ -170,11 +170,10 @@ def test_products_of_a_device_with_tensor_cores(dtype):
     for accumulate in (False, True):
         with Recorded() as recorded:
             linear.product(a, b, out, accumulate=accumulate)
-        ((name, dtypes),) = recorded.calls
-        assert (name, dtypes) == ("aten.addmm.dtype_out", [torch.float32, dtype, dtype, torch.float32])
+        assert recorded.calls == [("aten.addmm.dtype_out", [torch.float32, dtype, dtype, torch.float32], int(accumulate))]
     with Recorded() as recorded:
         linear.product(a, b, a)
-    assert recorded.calls == [("aten.addmm.out", [dtype] * 4)]
+    assert recorded.calls == [("aten.addmm.out", [dtype] * 4, 0)]
 
 
 def test_a_wide_head_is_never_whole(device):

@@ -180,7 +180,7 @@ class Gradients:
             if there:
                 part = self.hidden[where]
             else:
-                part = torch.empty(h.shape, dtype=self.hidden.dtype, device=h.device)
+                part = torch.empty(h.shape, dtype=h.dtype, device=h.device)  # a GPU has no product of float32 operands that is rounded to 16 bits
             product(grad_logits, self.head.weight, part)
             if self.head.part is not None and self.head.part.sp_size == 1:
                 self.sums.append((self.head.part.start_sum(part), None if there else where, part))
