@@ -23,6 +23,7 @@ from rlkern.ops.logits import Rows, Statistics
 
 N, V, H = 6, 40, 16
 CUDA = torch.device("cuda", 0)
+SAME_DTYPE = {torch.ops.aten.addmm: (1, 2), torch.ops.aten.mm: (0, 1), torch.ops.aten.index_put_: (0, 2), torch.ops.aten.index_copy_: (0, 3)}
 
 
 class Bodies(TorchDispatchMode):
@@ -41,6 +42,8 @@ class Bodies(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
         if self.all_live and func in (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default) and args[0].dtype == torch.bool:
             return True
+        if func.overloadpacket in SAME_DTYPE:  # which a device insists on, and fake tensors do not
+            assert len({args[i].dtype for i in SAME_DTYPE[func.overloadpacket]}) == 1, f"{func}: {args}"
         return func(*args, **(kwargs or {}))
 
 

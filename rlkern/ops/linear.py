@@ -185,7 +185,7 @@ class Gradients:
             if self.head.part is not None and self.head.part.sp_size == 1:
                 self.sums.append((self.head.part.start_sum(part), None if there else where, part))
             elif not there:
-                self.hidden[where] = part
+                self.hidden[where] = part.to(self.hidden.dtype)
         if self.weight.numel():
             product(grad_logits.t(), h, self.weight, accumulate=self.started)
         if self.bias.numel():
@@ -197,7 +197,7 @@ class Gradients:
         for work, where, part in self.sums:
             work.wait()
             if where is not None:
-                self.hidden[where] = part
+                self.hidden[where] = part.to(self.hidden.dtype)
         if not self.started:
             self.hidden.zero_()
             self.weight.zero_()
