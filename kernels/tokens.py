@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 
 # The rows of ``partials``, one column a program; the last is a maximum, the others sums.
-PARTIALS = tl.constexpr(14)
+PARTIALS = tl.constexpr(15)
 
 
 @triton.jit
@@ -47,6 +47,15 @@ def read_flag(x, row, columns, live):
     else:
         flag = live & (tl.load(at(x, row, columns), mask=live, other=0) != 0)
     return flag
+
+
+@triton.jit
+def read_logprob(logprobs, mask, row, columns, inside, DTYPE: tl.constexpr):
+    """(log-prob, or 0 where the token does not count; where it counts; where it is excluded, with log-prob -inf, and would otherwise count)."""
+    allowed = read_flag(mask, row, columns, inside)
+    lp = read(logprobs, row, columns, allowed, DTYPE)
+    excluded = lp == float("-inf")
+    return tl.where(excluded, 0.0, lp), allowed & ~excluded, excluded
 
 
 @triton.jit
@@ -133,11 +142,12 @@ def finish(partials, loss_out, results, normalizer, o, AGGREGATION: tl.constexpr
     tl.store(results + 4, high)
     for k in tl.static_range(8, 13):
         tl.store(results + k - 3, add_up(partials, k, programs, BLOCK) / count)
+    tl.store(results + 11, add_up(partials, 13, programs, BLOCK))
     largest = tl.full([BLOCK], float("-inf"), partials.dtype.element_ty)
     for start in range(0, programs, BLOCK):
         p = start + tl.arange(0, BLOCK)
         largest = tl.maximum(
-            largest, tl.load(partials + 13 * programs.to(tl.int64) + p, mask=p < programs, other=float("-inf"), cache_modifier=".cg")
+            largest, tl.load(partials + 14 * programs.to(tl.int64) + p, mask=p < programs, other=float("-inf"), cache_modifier=".cg")
         )
     tl.store(results + 10, tl.where(tokens > 0.0, tl.max(largest, 0), 0.0))
 
@@ -203,12 +213,11 @@ def policy_kernel(
         n, kept_n, total, own_total, drift_total = zero, zero, zero, zero, zero
         for start in range(begin, end, BLOCK):
             columns = start + offsets
-            live = read_flag(mask, row, columns, columns < end)
+            lp, live, _ = read_logprob(logprobs, mask, row, columns, columns < end, DTYPE)
             kept = read_flag(entropy_mask, row, columns, live)
             n += live.to(DTYPE)
             kept_n += kept.to(DTYPE)
             if LEVEL != "token" or REDUCTION != "" or OFF_POLICY:
-                lp = read(logprobs, row, columns, live, DTYPE)
                 if LEVEL != "token" or REDUCTION != "":
                     log_r = lp - read_old(old, lp, row, columns, live, DTYPE)
                     total += log_r
@@ -241,13 +250,13 @@ def policy_kernel(
 
     # Second pass: losses, direct gradients, metrics.
     losses, counts, kept_counts, entropies, kept_entropies, spread = zero, zero, zero, zero, zero, zero
-    lows, highs, duals, drifts, kls, ratios, largest = zero, zero, zero, zero, zero, zero, zero + float("-inf")
+    lows, highs, duals, drifts, kls, ratios, outsiders, largest = zero, zero, zero, zero, zero, zero, zero, zero + float("-inf")
     for start in range(begin, end, BLOCK):
         columns = start + offsets
         inside = columns < end
-        live = read_flag(mask, row, columns, inside)
+        lp, live, excluded = read_logprob(logprobs, mask, row, columns, inside, DTYPE)
         kept = read_flag(entropy_mask, row, columns, live)
-        lp = read(logprobs, row, columns, live, DTYPE)
+        outsiders += excluded.to(DTYPE)
         behaviour = read_old(old, lp, row, columns, live, DTYPE)
         A = read(advantages, row, columns, live, DTYPE)
         log_r = lp - behaviour if LEVEL == "token" else zero + sequence_log_r
@@ -301,6 +310,7 @@ def policy_kernel(
     # Third pass: a gradient with respect to the sequence's ratio goes to all of its tokens.
     if grad_logprobs is not None and (SPREAD or KEPT_MEAN):
         share = scale * tl.sum(spread, 0)
+        excludes = tl.sum(outsiders, 0) > 0.0
         if KEPT_MEAN:
             share = share / kept_length
         elif LEVEL == "sequence":
@@ -309,10 +319,11 @@ def policy_kernel(
         for start in range(begin, end, BLOCK):
             columns = start + offsets
             takes = read_flag(mask, row, columns, columns < end)
+            if KEPT_MEAN or excludes:
+                lp, takes, _ = read_logprob(logprobs, mask, row, columns, columns < end, DTYPE)
             gradient = read(grad_logprobs, row, columns, takes, DTYPE)
             if KEPT_MEAN:
                 takes = read_flag(entropy_mask, row, columns, takes)
-                lp = read(logprobs, row, columns, takes, DTYPE)
                 log_r = lp - read_old(old, lp, row, columns, takes, DTYPE)
                 A = read(advantages, row, columns, takes, DTYPE)
                 _, slope = SUMMAND(clamp(log_r, o.log_ratio_low, o.log_ratio_high), A, o)
@@ -338,6 +349,7 @@ def policy_kernel(
     store_partial(partials, 10, tl.sum(kls, 0))
     store_partial(partials, 11, tl.sum(entropies, 0))
     store_partial(partials, 12, tl.sum(ratios, 0))
-    store_partial(partials, 13, tl.max(largest, 0))
+    store_partial(partials, 13, tl.sum(outsiders, 0))
+    store_partial(partials, 14, tl.max(largest, 0))
     if arrives_last(arrivals):
         finish(partials, loss_out, results, normalizer, o, AGGREGATION, ENTROPY_AGGREGATION, BLOCK)

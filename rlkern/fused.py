@@ -16,7 +16,7 @@ from .distributed import ProcessGroup
 from .logprobs import KeptTokens, LinearInputs, check_keep, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
 from .losses import LossOutput, check_config, check_tokens, token_weights
 from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
-from .ops.keep import Restrict
+from .ops.keep import Restrict, supported
 from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
 from .ops.policy import Tokens
@@ -32,6 +32,7 @@ class Objective(NamedTuple):
     config: PolicyLossConfig
     evaluated: Tensor | None  # bool, S: the rows whose log-probs are needed; None for all of the mask
     backend: str
+    outside_support: Tensor | None = None  # how many tokens the mask leaves out because the sampler's support does
 
     def live(self) -> Tensor:
         """Flat: the rows to compute."""
@@ -78,7 +79,17 @@ class Objective(NamedTuple):
             loss, _ = policy_loss_on_tokens(tokens._replace(logprobs=torch.where(self.evaluated, logprobs, old)), self.config, self.backend)
             with torch.no_grad():
                 _, metrics = policy_loss_on_tokens(tokens._replace(mask=self.evaluated), self.config, self.backend)
+        if self.outside_support is not None:
+            metrics["outside_support"] = metrics["outside_support"] + self.outside_support
         return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
+
+
+def _inside_support(ids: Tensor, live: Tensor, keep: KeptTokens | None) -> tuple[Tensor, Tensor | None]:
+    """``live``, without the tokens that the sampler's support excludes; and how many these are, where there is one."""
+    if keep is None:
+        return live, None
+    inside = supported(ids.flatten(), keep.offsets, keep.token_ids).view(ids.shape)
+    return live & inside, (live & ~inside).sum()
 
 
 def _objective(
@@ -158,9 +169,11 @@ def fused_policy_loss(
     if inplace:
         check_writable("inplace=True", logits)
     backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
+    kept = None if keep is None else check_keep(keep, ids, logits.shape[-1], shard, must_validate)
+    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
     objective = _objective(
         ids,
-        live_rows(ids, mask),
+        live,
         logits,
         old_logprobs,
         advantages,
@@ -175,9 +188,9 @@ def fused_policy_loss(
         entropy_mask=entropy_mask,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
-    )
-    if keep is not None:  # the gradient may go over the copy, which is ours
-        logits = Restrict.apply(logits, *check_keep(keep, ids, logits.shape[-1], shard, must_validate), backend)
+    )._replace(outside_support=outside_support)
+    if kept is not None:  # the gradient may go over the copy, which is ours
+        logits = Restrict.apply(logits, *kept, backend)
         inplace = True
     if shard is not None or not (torch.is_grad_enabled() and logits.requires_grad and config.is_token_level):
         part = "" if shard is None else shard.text
@@ -278,9 +291,10 @@ def fused_linear_policy_loss(
         check_choice("mode", mode, ("in-forward", "recompute", "frozen-head"))
     if mode == "in-forward" and not config.is_token_level:
         raise ValueError(f"mode='in-forward' needs a token-level objective; this one is not: {config}")
+    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
     objective = _objective(
         ids,
-        live_rows(ids, mask),
+        live,
         torch.empty(0, dtype=x.logits_dtype),
         old_logprobs,
         advantages,
@@ -295,7 +309,7 @@ def fused_linear_policy_loss(
         entropy_mask=entropy_mask,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
-    )
+    )._replace(outside_support=outside_support)
     if x.rows is not None:
         computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.rows, True)
         objective = objective._replace(evaluated=computed.view(ids.shape))
@@ -346,8 +360,8 @@ def fused_linear_loss(
         aggregation, normalizer, max_length, cu_seqlens: as in :func:`rlkern.policy_loss` and :class:`rlkern.PolicyLossConfig`.
 
     Returns:
-        :class:`rlkern.LossOutput`; its metrics are the means over the mask of "loss" and "entropy". Gradients flow to ``hidden``, ``weight`` and
-        ``bias``, once; a second backward is an error.
+        :class:`rlkern.LossOutput`; its metrics are the means over the mask of "loss" and "entropy", and with ``keep`` "outside_support". Gradients
+        flow to ``hidden``, ``weight`` and ``bias``, once; a second backward is an error.
 
     Raises:
         TypeError, ValueError: for bad arguments, and for a ``loss_fn`` whose result is not a tensor of the shape of its log-probs.
@@ -374,7 +388,8 @@ def fused_linear_loss(
         check_tensor(f"per_token[{i}]", t, device=ids.device)
         if t.shape[: ids.dim()] != ids.shape:
             raise ValueError(f"per_token[{i}] must have a shape that begins with {tuple(ids.shape)}, got {tuple(t.shape)}")
-    live, dtype = live_rows(ids, mask), state_dtype(torch.empty(0, dtype=x.logits_dtype))
+    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
+    dtype = state_dtype(torch.empty(0, dtype=x.logits_dtype))
     weights = token_weights(
         live, aggregation, dtype, normalizer=normalizer, max_length=max_length, cu_seqlens=cu_seqlens, validate=x.validate
     ).flatten()
@@ -433,6 +448,8 @@ def fused_linear_loss(
         loss = GradientsInForward.apply(loss, *gradients, x.hidden, x.weight, x.bias)
     count = live.sum().clamp(min=1)
     metrics = {"loss": losses.detach().sum() / count, "entropy": entropy.detach().sum() / count}
+    if outside_support is not None:
+        metrics["outside_support"] = outside_support
     return LossOutput(loss, metrics, logprobs.detach().view(ids.shape), entropy.detach().view(ids.shape))
 
 

@@ -72,7 +72,8 @@ def policy_loss(
         LossOutput. The loss is float32 (float64 for float64 log-probs), 0 for an empty batch. Metrics are means over the mask: clip_fraction (of it
         clip_fraction_low: A < 0 below the bound, clip_fraction_high: A > 0 above), dual_clip_fraction, approx_kl (old - lp), kl (as it enters the
         loss, before its coefficient; 0 without ``ref_logprobs``), entropy (0 where not given), ratio_mean, and ratio_max. The ratio is that of
-        ``config.ratio_level``.
+        ``config.ratio_level``. outside_support is a number: of the tokens with log-prob -inf, which the sampler's support excludes where it is
+        replayed (``keep``); they count as masked.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, device or option, or an input that the configuration needs.

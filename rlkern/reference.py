@@ -408,7 +408,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics).  loss = sum_i a_i (off_policy_i entropy_mask_i w_i surrogate_i + kl_coef KL_i) - entropy_coef sum_i a'_i entropy_i."""
     c, dtype = config, compute_dtype(logprobs)
-    m = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    allowed = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    m = allowed & (logprobs != -torch.inf)  # a token outside the replayed support counts as little as a masked one
 
     def read(x: Tensor, masked: float = 0.0) -> Tensor:  # a masked position is never read
         return torch.where(m, x.to(dtype), masked)
@@ -487,6 +488,7 @@ def policy_loss(
     metrics = {name: torch.where(m, x.detach().to(dtype), 0.0).sum() / count for name, x in per_token_metrics.items()}
     largest = torch.where(m, r.detach(), -torch.inf).amax() if r.numel() else torch.zeros((), dtype=dtype, device=r.device)
     metrics["ratio_max"] = torch.where(m.any(), largest, 0.0)
+    metrics["outside_support"] = (allowed & ~m).sum().to(dtype)
     return total, metrics
 
 

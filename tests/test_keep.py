@@ -119,3 +119,51 @@ def test_bad_arguments_are_named(change, error, message):
         rk.token_logprobs(hidden @ weight.t(), ids, keep=keep)
     with pytest.raises(error, match=message):
         rk.linear_token_logprobs(hidden, weight, ids, keep=keep)
+
+
+# ---- tokens outside the support in losses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo", "gmpo", "vespo", "cispo"])
+def test_tokens_outside_the_support_count_as_masked(name, backend, device):
+    """At every depth: left out of loss, denominators, gradients and metrics, and counted."""
+    config = getattr(rk.PolicyLossConfig, name)(entropy_coef=0.1)
+    hidden, weight = torch.randn(3, 5, H := 8, device=device, requires_grad=True), torch.randn(V := 11, H, device=device, requires_grad=True)
+    ids = torch.randint(V, (3, 5), device=device)
+    mask = torch.ones(3, 5, device=device)
+    mask[0, -1] = 0
+    kept = torch.rand(3, 5, V, device=device) > 0.4
+    kept.scatter_(-1, ids[..., None], True)
+    for at in ((0, 1), (1, 0), (0, 4)):  # the last one is masked anyway
+        kept[at][ids[at]] = False
+        kept[at][(ids[at] + 1) % V] = True
+    keep = rk.KeptTokens.from_mask(kept)
+    inside = mask * kept.gather(-1, ids[..., None])[..., 0]
+    logits = hidden @ weight.t()
+    lp, entropy = rk.token_logprobs(logits, ids, mask=mask, keep=keep, with_entropy=True, backend=backend)
+    old = torch.where(inside != 0, lp.detach() + 0.1 * torch.randn_like(lp), 0.0)
+    advantages = torch.randn(3, device=device)
+    shared = {"config": config, "backend": backend}
+    without = rk.token_logprobs(logits, ids, mask=inside, keep=keep, with_entropy=True, backend=backend)
+    exact = rk.policy_loss(without[0], old, advantages, mask=inside, entropy=without[1], **shared)
+    expected = torch.autograd.grad(exact.loss, (hidden, weight), retain_graph=True)
+    depths = {
+        "tokens": rk.policy_loss(lp, old, advantages, mask=mask, entropy=entropy, **shared),
+        "logits": rk.fused_policy_loss(logits, ids, old, advantages, mask=mask, keep=keep, **shared),
+        "hidden": rk.fused_linear_policy_loss(hidden, weight, ids, old, advantages, mask=mask, keep=keep, **shared),
+    }
+    for out in depths.values():
+        found = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
+        assert out.metrics["outside_support"] == 2
+        assert_accurate(out.loss, exact.loss, eps=1e-5)
+        for a, b in zip(found, expected, strict=True):
+            assert_accurate(a, b, eps=2e-5)
+        for metric, value in exact.metrics.items():
+            if metric != "outside_support":
+                assert_accurate(out.metrics[metric], value, eps=1e-5 * max(1.0, float(value.abs())))
+    loss, metrics = reference.policy_loss(lp, old, advantages, mask=mask, entropy=entropy, config=config)
+    assert_accurate(loss, exact.loss, eps=1e-5)
+    assert metrics["outside_support"] == 2
+    own = rk.fused_linear_loss(hidden, weight, ids, lambda lp, h: -lp, mask=mask, keep=keep, backend=backend)
+    assert own.metrics["outside_support"] == 2
+    assert_accurate(own.loss, -(without[0] * inside).sum() / inside.sum(), eps=1e-5)

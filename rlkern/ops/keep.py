@@ -46,6 +46,14 @@ def _triton_restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Te
         )
 
 
+def supported(ids: Tensor, offsets: Tensor, token_ids: Tensor) -> Tensor:
+    """Of each id ``[N]`` whether it is among the tokens kept in its row."""
+    counts = (offsets[1:] - offsets[:-1]).long()
+    row = torch.repeat_interleave(torch.arange(ids.numel(), device=ids.device), counts, output_size=token_ids.numel())
+    found = torch.zeros(ids.numel(), dtype=torch.int32, device=ids.device)
+    return found.index_add_(0, row, (token_ids == ids[row]).int()) > 0
+
+
 @operator("restrict")
 def restrict_op(logits: Tensor, offsets: Tensor, token_ids: Tensor, backend: str) -> Tensor:
     """The logits where kept, -inf elsewhere: a new, contiguous tensor."""

@@ -28,6 +28,7 @@ METRICS = (
     "entropy",
     "ratio_mean",
     "ratio_max",
+    "outside_support",
 )
 # Beside the loss: by what the stored gradients with respect to logprobs and to entropy are to be multiplied, and the metrics.
 RESULTS = 2 + len(METRICS)
@@ -123,6 +124,9 @@ def _torch_path(
     dtype, time, cu_seqlens = results.dtype, x.logprobs.shape[-1], x.cu_seqlens
     o, surrogate = Options.of(config, time), surrogate_of(config)
     mask = None if x.mask is None else x.mask != 0
+    outside_support = x.logprobs == -torch.inf if mask is None else mask & (x.logprobs == -torch.inf)
+    if x.logprobs.device.type != "cpu" or bool(outside_support.any()):  # elsewhere, asking would be a synchronisation
+        mask = ~outside_support if mask is None else mask & ~outside_support
     kept_mask = mask if x.entropy_mask is None else (x.entropy_mask != 0 if mask is None else mask & (x.entropy_mask != 0))
     live, kept = (None if t is None else bits(t, dtype) for t in (mask, kept_mask))
 
@@ -199,7 +203,7 @@ def _torch_path(
     low, high, dual = (t.count_nonzero() for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
     sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else sum_of(t) for t in (kl, h)), sum_of(r)]
     largest = counted(r, live).amax()
-    results.copy_(torch.stack([1 / by, 1 / entropy_by, *(t.to(dtype) / count for t in sums), largest]))
+    results.copy_(torch.stack([1 / by, 1 / entropy_by, *(t.to(dtype) / count for t in sums), largest, outside_support.sum().to(dtype)]))
 
     if grad_entropy is not None:
         grad_entropy.copy_(-o.entropy_coef * entropy_weights)
