@@ -81,6 +81,14 @@ def test_wrapped_models():
         assert head_of(wrapped).weight is model.lm_head.weight
 
 
+def test_a_decoder_that_is_the_whole_model(monkeypatch):
+    """As transformers 4 has it for GPT-2."""
+    model, ids = make("GPT2"), torch.randint(3, 97, (2, 9))
+    expected = model.transformer(input_ids=ids).last_hidden_state
+    monkeypatch.setattr(type(model), "get_decoder", lambda self: self)
+    assert torch.equal(LastHidden(model)(input_ids=ids), expected)
+
+
 def test_no_head_is_an_error():
     with pytest.raises(TypeError, match="Linear has no language-model head"):
         head_of(torch.nn.Linear(2, 3))

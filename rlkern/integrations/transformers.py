@@ -68,7 +68,9 @@ class LastHidden(nn.Module):
     def forward(self, **inputs: Any) -> Tensor:
         """The last hidden states for the arguments of the model's own forward."""
         inner = unwrap(self.model)
-        body = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+        body = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+        if body is inner:  # as transformers 4 has it for GPT-2
+            body = inner.base_model
         return body(**inputs).last_hidden_state
 
 
