@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import triton
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from triton.runtime import interpreter
 
 
@@ -34,6 +34,15 @@ class Moved:
     @property
     def total(self) -> int:
         return self.loaded + self.stored
+
+
+def _storages(arguments: Any) -> Iterator[UntypedStorage]:
+    """Of the tensors among a kernel's arguments, and in the tuples among them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument.untyped_storage()
+        elif isinstance(argument, tuple):
+            yield from _storages(argument)
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,12 @@ class Traffic(Mapping[str, Moved]):
     def __init__(self) -> None:
         self._launches: list[str] = []
         self._accesses: list[_Access] = []
-        self._arguments: list[Any] = []  # kept alive, so that an address means one tensor only
+        # Kept alive, so that an address means one tensor only; not the tensors, since autograd copies a gradient that something else holds.
+        self._memory: list[UntypedStorage] = []
 
     def _begin(self, kernel: str, arguments: Any) -> None:
         self._launches.append(kernel)
-        self._arguments.append(arguments)
+        self._memory.extend(_storages(arguments))
 
     def _count(self, pointers: Any, mask: Any, *, loaded: bool = False, stored: bool = False) -> None:
         element = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -123,7 +133,7 @@ def traffic() -> Iterator[Traffic]:
 
     @functools.wraps(launch)
     def counted_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        moved._begin(self.fn.__name__, (args, kwargs))
+        moved._begin(self.fn.__name__, (*args, *kwargs.values()))
         return launch(self, *args, **kwargs)
 
     # Unmasked accesses and block pointers reach memory through the masked pair too. A mask is a handle or a plain array; both have .data.

@@ -343,3 +343,16 @@ def restrict_kernel(x_ptr, out_ptr, offsets_ptr, token_ids_ptr, rows_ptr, V, inn
         column = tl.load(token_ids_ptr + k, mask=k < stop, other=-1)
         there = (column >= 0) & (column < V)
         tl.store(out_row + column, tl.load(x_row + column, mask=there, other=0.0), mask=there)
+
+
+@triton.jit(do_not_specialize=["tiles", "inner"])
+def scale_kernel(x_ptr, factor_ptr, V, tiles, inner, outer_stride, inner_stride, BLOCK: tl.constexpr):
+    """x *= factor, in float32 and rounded once; where the factor, read here, is 1, nothing of x is touched. Programs share tiles of BLOCK columns."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    stop = tl.where(factor == 1.0, 0, tiles)
+    blocks = tl.cdiv(V, BLOCK)
+    for tile in range(tl.program_id(0), stop, tl.num_programs(0)):
+        column = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)
+        x = row_pointer(x_ptr, tile // blocks, inner, outer_stride, inner_stride) + column
+        inside = column < V
+        tl.store(x, tl.load(x, mask=inside).to(tl.float32) * factor, mask=inside)

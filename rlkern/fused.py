@@ -206,7 +206,7 @@ def fused_policy_loss(
     else:
         logprobs, entropy, gradient = policy_gradients_op(logits.detach(), *flat, *options)
     output = objective.loss(logprobs, entropy if with_entropy else None)
-    return output._replace(loss=GradientsInForward.apply(output.loss, gradient, logits))
+    return output._replace(loss=GradientsInForward.apply(output.loss, backend, gradient, logits))
 
 
 def fused_linear_policy_loss(
@@ -445,7 +445,7 @@ def fused_linear_loss(
                 slopes,
             )
             loss = (weights * losses).sum()
-        loss = GradientsInForward.apply(loss, *gradients, x.hidden, x.weight, x.bias)
+        loss = GradientsInForward.apply(loss, x.backend, *gradients, x.hidden, x.weight, x.bias)
     count = live.sum().clamp(min=1)
     metrics = {"loss": losses.detach().sum() / count, "entropy": entropy.detach().sum() / count}
     if outside_support is not None:
@@ -478,4 +478,4 @@ def _in_forward(x: LinearInputs, objective: Objective, needs: tuple[bool, bool, 
         x.shard,
     )
     output = objective.loss(logprobs, entropy if with_entropy else None)
-    return output._replace(loss=GradientsInForward.apply(output.loss, *gradients, *heads))
+    return output._replace(loss=GradientsInForward.apply(output.loss, x.backend, *gradients, *heads))

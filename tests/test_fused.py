@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import rlkern as rk
 from bench.harness import memory
 from rlkern import reference
+from rlkern._backend import INTERPRETED
 from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS
 from rlkern.ops import fused as fused_ops
 from rlkern.ops import linear as linear_ops
@@ -365,6 +366,31 @@ def test_empty_batch(backend, device):
     assert out.loss.item() == 0
     assert torch.all(weight.grad == 0)
     assert torch.all(hidden.grad == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("vocabulary", [1, 37, 5001])
+def test_upstream_gradient_is_applied_as_it_is(backend, device, dtype, inplace, vocabulary):
+    """Not rounded to the dtype of the logits first: 1.001 is 1 in bf16. The rest of the tensor that the logits are a slice of stays as it was."""
+    torch.manual_seed(0)
+    whole = torch.randn(3, 5, vocabulary, device=device).to(dtype)
+    ids, advantages = torch.randint(vocabulary, (3, 4), device=device), torch.randn(3, 4, device=device)
+
+    def gradient(upstream):
+        base = whole.clone()
+        x = base[:, :-1].detach().requires_grad_()
+        loss = rk.fused_policy_loss(x, ids, None, advantages, inplace=inplace, backend=backend).loss
+        found = torch.autograd.grad(loss, x, torch.tensor(upstream, device=device))[0]
+        assert torch.equal(base[:, -1], whole[:, -1])
+        return found
+
+    one = gradient(1.0)
+    for upstream in (1.001, -1 / 3, 0.0):
+        exact = one.float() * torch.tensor(upstream, device=device)
+        if dtype == torch.bfloat16 and backend == "triton" and INTERPRETED:  # which cuts off what a GPU rounds
+            exact = (exact.view(torch.int32) & -(1 << 16)).view(torch.float32)
+        assert torch.equal(gradient(upstream), exact.to(dtype))
 
 
 def test_second_backward_is_an_error():

@@ -12,6 +12,7 @@ from torch import Tensor
 import rlkern as rk
 from bench.traffic import Traffic, traffic
 from rlkern.ops.divergence import Comparison
+from rlkern.ops.fused import SCALE_PROGRAMS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in Triton's interpreter, which does not run on a GPU machine")
 
@@ -98,6 +99,16 @@ def test_fused_loss_reads_the_logits_twice_and_writes_them_once(inplace):
     moved, gradient = measure(step)
     assert moved.of(logits).loaded <= 2 * size(logits) + 8 * logits.element_size()
     assert moved.of(gradient).stored == size(gradient)
+    assert 0 < moved["scale_kernel"].loaded <= 4 * SCALE_PROGRAMS  # the upstream gradient, which is 1, and nothing else
+    assert moved["scale_kernel"].stored == 0
+
+
+def test_an_upstream_gradient_other_than_one_takes_one_more_pass():
+    logits, ids = _logits(6000, rows=8)
+    loss = rk.fused_policy_loss(logits, ids, torch.randn(8), torch.randn(8), backend="triton").loss
+    moved, gradient = measure(lambda: torch.autograd.grad(loss, logits, torch.tensor(0.5))[0])
+    assert moved.of(gradient).loaded == moved.of(gradient).stored == size(gradient)
+    assert moved.launches == 1
 
 
 # ---- divergences ----------------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backend import device_of
+from .._backend import device_of, multiprocessors
 from ..config import PolicyLossConfig
 from .logits import LossTiling, Rows, Statistics, as_rows, check_ids, locate
 from .operators import fake_of, operator
@@ -194,18 +194,48 @@ def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return statistics.logprob, statistics.entropy
 
 
-class GradientsInForward(torch.autograd.Function):
-    """A loss whose gradients were made with it: the backward multiplies them, in place, by the upstream gradient, without asking whether it is 1.
+# Of the kernel that multiplies: elements of a row that a program takes at once, and programs on a multiprocessor.
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 8
 
-    ``apply(loss, *gradients, *inputs)``: as many gradients as inputs, in the same order; None, or empty, where an input takes none.
+
+def _triton_scale(x: Tensor, factor: Tensor) -> None:
+    from ..kernels import logits as kernels
+
+    rows = as_rows(x)
+    block = min(SCALE_BLOCK, 1 << (rows.shape[-1] - 1).bit_length())
+    tiles = rows.shape[0] * rows.shape[1] * -(-rows.shape[-1] // block)
+    grid = (min(tiles, SCALE_PROGRAMS * multiprocessors(x)),)
+    with device_of(x):
+        kernels.scale_kernel[grid](rows, factor, rows.shape[-1], tiles, rows.shape[1], rows.stride(0), rows.stride(1), BLOCK=block, num_warps=8)
+
+
+@operator("scale_", mutates=("x",))
+def scale_inplace_op(x: Tensor, factor: Tensor, backend: str) -> None:
+    """``x *= factor``, one number that stays on its device, with the factor as it is and one rounding; where it is 1, ``x`` is not touched."""
+    if not x.numel():
+        return
+    if backend == "triton":
+        _triton_scale(x, factor)
+    elif x.device.type == "cpu":
+        number = factor.item()
+        if number != 1:
+            x.mul_(number)  # in float32 for 16-bit numbers too
+    else:
+        torch.mul(x, factor.view(1), out=x)  # a tensor with no dimension would be rounded to the dtype of x first
+
+
+class GradientsInForward(torch.autograd.Function):
+    """A loss whose gradients were made with it: the backward multiplies them, in place, by the upstream gradient, and leaves them where that is 1.
+
+    ``apply(loss, backend, *gradients, *inputs)``: as many gradients as inputs, in the same order; None, or empty, where an input takes none.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *gradients_and_inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, backend: str, *gradients_and_inputs: Tensor | None) -> Tensor:
         half = len(gradients_and_inputs) // 2
         ctx.save_for_backward(*gradients_and_inputs[:half])
         ctx.dtypes = [None if x is None else x.dtype for x in gradients_and_inputs[half:]]
-        ctx.spent = False
+        ctx.backend, ctx.spent = backend, False
         return loss.clone()
 
     @staticmethod
@@ -218,12 +248,13 @@ class GradientsInForward(torch.autograd.Function):
             )
         gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = []
-        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[1 + len(gradients) :], strict=True):
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[2 + len(gradients) :], strict=True):
             if gradient is None or not needed:
                 scaled.append(None)
             elif gradient.dtype == dtype:
                 ctx.spent = True
-                scaled.append(gradient.mul_(grad_loss.to(dtype)))
+                scale_inplace_op(gradient, grad_loss, ctx.backend)
+                scaled.append(gradient)
             else:  # kept in float32, rounded once
                 scaled.append(torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype)))
-        return None, *(None for _ in gradients), *scaled
+        return None, None, *(None for _ in gradients), *scaled
