@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("arithmetic")
         if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
             item.add_marker("interpreted")
-        if "gpu" in item.keywords and not HAS_GPU:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
 
 

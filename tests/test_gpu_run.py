@@ -1,0 +1,96 @@
+"""The GPU run: what it does without a GPU, and what it keeps when a stage fails, hangs or is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu
+
+ROOT = Path(__file__).parents[1]
+
+
+def _stage(name: str, code: str, share: float = 1.0) -> gpu.Stage:
+    return gpu.Stage(name, share, {name: [sys.executable, "-S", "-c", code]}, {})
+
+
+def test_a_failing_or_hanging_stage_leaves_the_others_alone_and_the_time_is_kept(tmp_path: Path) -> None:
+    todo = [_stage("fails", "raise SystemExit(3)"), _stage("hangs", "import time; time.sleep(600)"), _stage("runs", "print('there')", 2.0)]
+    start = time.monotonic()
+    assert not gpu.conduct(todo, tmp_path, 8.0, "command")
+    assert time.monotonic() - start < 8.0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    parts = {part: what for stage in summary.values() for part, what in stage["parts"].items()}
+    assert "exit status 3" in parts["fails"]
+    assert "time was up" in parts["hangs"]
+    assert parts["runs"] == "passed"
+    assert (tmp_path / "runs.log").read_text() == "there\n"
+
+
+def test_a_command_that_is_not_there_is_a_failure_of_its_stage(tmp_path: Path) -> None:
+    todo = [gpu.Stage("absent", 1.0, {"absent": ["/nonexistent/program"]}, {}), _stage("runs", "", 4.0)]
+    assert not gpu.conduct(todo, tmp_path, 10.0, "command")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "failed" in summary["absent"]["parts"]["absent"]
+    assert summary["runs"]["parts"]["runs"] == "passed"
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """whole_or_not: killed before the new one takes the old one's place, the old one stands."""
+    gpu.put(tmp_path / "x.json", {"a": 1})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.put(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_killed_after_a_stage_the_files_before_are_whole(tmp_path: Path, after: int) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from bench import gpu
+out = Path({str(tmp_path)!r})
+write = "from pathlib import Path; from bench import gpu; gpu.put(Path({str(tmp_path)!r}) / '%d.json', [%d])"
+todo = [gpu.Stage(str(i), 1.0, {{str(i): [sys.executable, "-c", write % (i, i)]}}, {{}}) for i in range(3)]
+put = gpu.put
+def then_die(path, result):
+    put(path, result)
+    if {str(after)!r} in result:
+        os._exit(9)
+gpu.put = then_die
+gpu.conduct(todo, out, 100, "command")
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode == 9
+    assert [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(after + 1)] == [[i] for i in range(after + 1)]
+    assert list(json.loads((tmp_path / "summary.json").read_text())) == [str(i) for i in range(after + 1)]
+    assert not (tmp_path / f"{after + 1}.json").exists()
+
+
+def test_the_dry_run_passes_and_can_be_reported(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--dry", "--out", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(f.read_text()[-2000:] for f in tmp_path.glob("*.log"))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert {c["operation"].split(" ")[0] for c in result["contests"]} >= {"token_logprobs", "gae", "policy_loss"}
+    said = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / "gpu.json")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+
+
+def test_without_a_gpu_the_real_run_says_so(tmp_path: Path) -> None:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch sees no GPU" in done.stderr
