@@ -294,6 +294,31 @@ def test_runs_are_the_same(task, tmp_path, name):
         assert_accurate(mine[2][parameter], expected, eps=10 * eps)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_deep_copy_scores_with_its_own_weights(task, tmp_path, lora):
+    config = pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if lora else None
+    trainer = make(task, tmp_path, task[2](), peft_config=config)
+    ids = torch.tensor([[3, 15, 26, 5]])
+
+    def scored(model):
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+
+    with ours.enable(trainer):
+        before = scored(trainer.model)
+        first = copy.deepcopy(trainer.model)
+        second = copy.deepcopy(first)
+        assert torch.equal(scored(second), before)
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.zero_()
+        uniform = torch.full_like(before, -torch.tensor(float(trainer.model.config.vocab_size)).log())
+        assert_accurate(scored(first), uniform)
+        assert torch.equal(scored(second), before)
+        assert torch.equal(scored(trainer.model), before)
+    assert_accurate(scored(first), uniform)  # by TRL's forward, which is the copy's own too
+
+
 def test_lora_keeps_the_head_frozen(task, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

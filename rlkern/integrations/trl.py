@@ -11,6 +11,7 @@ from:
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,21 @@ def policy_loss_config(args: Any) -> rk.PolicyLossConfig:
     )
 
 
+class _Forward:
+    """A model's forward, ``make(model, before)``. A deep copy of the model gets one of its own, as it would get its own bound methods."""
+
+    def __init__(self, make: Callable[[Any, Any], Any], model: Any, before: Any) -> None:
+        self.make, self.model, self.before = make, model, before
+        self.call = make(model, before)
+        functools.update_wrapper(self, before, updated=())  # whose signature TRL and transformers read
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.call(*inputs, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(self.make, copy.deepcopy(self.model, memo), copy.deepcopy(self.before, memo))
+
+
 class Enabled:
     """What :func:`enable` did to a trainer. ``disable()``, or the end of a ``with`` block, undoes it."""
 
@@ -112,7 +128,7 @@ class Enabled:
         for model in (trainer.model, getattr(trainer, "ref_model", None)):
             if model is not None:
                 inner = unwrap(model)
-                self._replace(inner, "forward", self._forward(inner, inner.forward))
+                self._replace(inner, "forward", _Forward(self._forward, inner, inner.forward))
         if self.config is not None:
             self._compute_loss = trainer._compute_loss
             self._replace(trainer, "_compute_loss", self._loss)
@@ -152,7 +168,6 @@ class Enabled:
 
         args = self.trainer.args
 
-        @functools.wraps(before)
         def forward(*inputs: Any, **options: Any) -> Any:
             if not (self.active and options.get("fused_lm_head")):
                 return before(*inputs, **options)
