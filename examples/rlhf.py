@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from rlkern.trainers import ppo, reward, tutorial
-from rlkern.trainers.runs import run_directory
+from rlkern.trainers.directories import run_directory
 
 PPO = {**tutorial.PPO_SETTINGS, "kl_coef": 0.05}
 
@@ -25,14 +25,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="of both parts, for a try")
     given = parser.parse_args()
     started = time.perf_counter()
-    directory: Path = run_directory(given.output_dir, name="rlhf", resume=given.resume)
+    directory: Path = run_directory(given.output_dir, name="rlhf", resume=given.resume, begun="reward/settings.json")
     common = {"seed": given.seed, "resume": given.resume} | ({"steps": given.steps} if given.steps else {})
 
     learned = reward.train(reward.RewardArguments(**{**tutorial.REWARD_MODEL_SETTINGS, **common}, output_dir=str(directory / "reward")))
     task, judge = directory / "reward" / "tutorial", str(directory / "reward" / "model")
     files = {"model": f"{task}/model", "data": f"{task}/train.jsonl", "eval_data": f"{task}/held_out.jsonl"}
     arguments = ppo.PPOArguments(
-        **{**PPO, **common}, **files, reward=[f"{judge}=0.2"], eval_reward=[tutorial.REWARD], critic=judge, output_dir=str(directory / "ppo")
+        **{**PPO, **common, "resume": (directory / "ppo" / "settings.json").exists()},
+        **files,
+        reward=[f"{judge}=0.2"],
+        eval_reward=[tutorial.REWARD],
+        critic=judge,
+        output_dir=str(directory / "ppo"),
     )
     trained = ppo.train(arguments)
 

@@ -91,7 +91,8 @@ def travel(directory: Path, seed: int, steps: int) -> dict[str, list[dict[str, A
         output = directory / f"seed-{seed}" / f"{i}-{name.strip('+ ').replace(',', '').replace(' ', '-')}"
         if not (output / "summary.json").exists():
             make, arguments = (MeasuredGRPO, GRPOArguments) if name == "GRPO" else (MeasuredPPO, PPOArguments)
-            settings = {**COMMON, **changes, **files, "seed": seed, "steps": steps, "output_dir": str(output), "cpu": True, "resume": True}
+            settings = {**COMMON, **changes, **files, "seed": seed, "steps": steps, "output_dir": str(output), "cpu": True}
+            settings["resume"] = (output / "settings.json").exists()
             runs.train(make, arguments(**settings))
         logs[name] = runs.read_metrics(output / "metrics.jsonl")
     return logs

@@ -14,8 +14,9 @@ from rlkern.trainers import grpo, tutorial
 from rlkern.trainers.data import Row, batch_at, hold_out, read_jsonl
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.grpo import GRPO, GRPOArguments, train
+from rlkern.trainers.loading import load_scorer
 from rlkern.trainers.rewards import load_rewards, score, steps_of
-from rlkern.trainers.rollout import Completions, load_scorer
+from rlkern.trainers.rollout import Completions
 from rlkern.trainers.runs import Checkpoints, read_metrics
 
 from .runs import (  # noqa: F401

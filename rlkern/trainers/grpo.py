@@ -177,7 +177,7 @@ class GRPO(PolicyRun):
                     self.watch_ratio(out.logprobs, None if old is None else old[part], batch.mask[part])
                     losses.append(out.loss.detach())
                     sums.append(torch.stack([out.metrics[name] for name in METRICS]) * lengths[part].sum())
-                norms.append(self.descend(self.policy, self.optimizer))
+                norms += self.descend((self.policy, self.optimizer))
 
         # 5. Report.
         spread = rewards.view(-1, args.samples_per_prompt).std(1)

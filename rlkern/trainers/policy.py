@@ -17,8 +17,9 @@ from rlkern.integrations.transformers import LastHidden, head_of
 from rlkern.trainers import tutorial
 from rlkern.trainers.data import Row, batch_at, read_jsonl, split
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.loading import load_model, load_tokenizer
 from rlkern.trainers.rewards import Reward, load_rewards, total
-from rlkern.trainers.rollout import Completions, Sampler, load_model, load_tokenizer
+from rlkern.trainers.rollout import Completions, Sampler
 from rlkern.trainers.runs import Run, passes, plot_curve, seed_all
 from rlkern.trainers.settings import PolicyArguments
 from rlkern.trainers.sharding import Shell, reshard, shard_frozen, whole_weights
@@ -32,6 +33,7 @@ class PolicyRun(Run):
 
     def __init__(self, args: PolicyArguments):
         super().__init__(args)
+        args = self.args
         self.everyone = torch.distributed.group.WORLD if self.world > 1 else None
         self.share = self.share_of(args.prompts_per_step)
         self.weight = (self.share.stop - self.share.start) / args.prompts_per_step

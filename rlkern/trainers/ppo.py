@@ -30,8 +30,9 @@ import rlkern as rk
 from rlkern.trainers import runs, tutorial
 from rlkern.trainers.arguments import option
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.loading import load_scorer
 from rlkern.trainers.policy import PolicyRun
-from rlkern.trainers.rollout import Completions, load_scorer
+from rlkern.trainers.rollout import Completions
 from rlkern.trainers.settings import PolicyArguments
 
 POLICY_METRICS = ("clip_fraction", "approx_kl", "entropy", "ratio_mean")
@@ -224,8 +225,8 @@ class PPO(PolicyRun):
                         loss, metrics = self.losses(experience.rows(part), tokens, normalizer)
                     losses.append(loss)
                     sums.append(metrics)
-                for name, (model, optimizer) in trained.items():
-                    norms[name].append(self.descend(model, optimizer))
+                for name, norm in zip(trained, self.descend(*trained.values()), strict=True):
+                    norms[name].append(norm)
 
         # 4. Report.
         truncated = (~self.sample.ended(batch)).float().mean()

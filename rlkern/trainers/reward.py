@@ -28,8 +28,9 @@ from rlkern.trainers import runs, tutorial
 from rlkern.trainers.arguments import option
 from rlkern.trainers.data import Preference, Row, batch_at, read_preferences, split
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.loading import load_scorer, load_tokenizer
 from rlkern.trainers.rewards import Reward, RewardModel, total
-from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
+from rlkern.trainers.rollout import answer_tokens, scores
 from rlkern.trainers.settings import RunArguments
 
 
@@ -57,6 +58,7 @@ class RewardRun(runs.Run):
 
     def __init__(self, args: RewardArguments):
         super().__init__(args)
+        args = self.args
         self.share = self.share_of(args.prompts_per_step)
         if args.model is None:
             task = self.built_in_task()
@@ -110,7 +112,7 @@ class RewardRun(runs.Run):
                 out = self.loss(part or self.rows[:1])  # a process that has none left takes part in the pass all the same
                 accelerator.backward(out.loss * (len(part) * self.world / total))  # data parallelism averages the processes' gradients
             sums.append(torch.stack([out.loss.detach(), out.metrics["accuracy"], out.metrics["margin"]]) * (len(part) / total))
-        norm = self.descend(self.scorer, self.optimizer)
+        (norm,) = self.descend((self.scorer, self.optimizer))
 
         # 3. Report.
         loss, accuracy, margin = accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist()

@@ -24,8 +24,9 @@ import torch
 from rlkern.trainers.arguments import nearest
 from rlkern.trainers.data import Row
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.loading import load_scorer, load_tokenizer
 from rlkern.trainers.named import describe, load_named
-from rlkern.trainers.rollout import answer_tokens, load_scorer, load_tokenizer, scores
+from rlkern.trainers.rollout import answer_tokens, scores
 
 _CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ class RewardModel:
 
     def __init__(self, name: str, device: torch.device, *, field: str, batch_size: int | None = None):
         self.tokenizer = load_tokenizer(name, field=field)
-        self.model = load_scorer(name, torch.float32, self.tokenizer, field=field).to(device).eval().requires_grad_(False)
+        self.model = load_scorer(name, torch.float32, self.tokenizer, field=field, trained=True).to(device).eval().requires_grad_(False)
         self.device, self.batch_size = device, batch_size
 
     def __call__(self, prompts: list[Any], completions: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Models and what they write: loading for training, completions of prompts as an engine samples them, and scoring them."""
+"""What models write: completions of prompts as an engine samples them, and scoring them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from rlkern.integrations.transformers import unwrap
 from rlkern.trainers.data import Row
@@ -133,53 +131,6 @@ def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load_tokenizer(name: str, *, field: str = "model") -> Any:
-    """The tokenizer of that path or name; ``field`` is the setting that named it."""
-    return _load(AutoTokenizer, name, field)
-
-
-def _load(auto: Any, name: str, field: str, **options: Any) -> Any:
-    try:
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {name}: {str(error).strip().splitlines()[0]}", field=field) from error
-
-
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
-    return without_dropout(_load(AutoModelForCausalLM, name, "model", dtype=dtype))
-
-
-def load_scorer(name: str, dtype: torch.dtype, tokenizer: Any, *, field: str = "model") -> Any:
-    """A sequence-classification model with one output, without dropout: a reward model or a critic.
-
-    From a language model its head is new, and 0. ``tokenizer`` names the padding that the model is to look away from.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # that the head is new is known
-    try:
-        model, info = _load(AutoModelForSequenceClassification, name, field, dtype=dtype, num_labels=1, output_loading_info=True)
-    except RuntimeError as error:
-        raise InputError(f"cannot load {name} with one output: {str(error).strip().splitlines()[-1]}", field=field) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-    for key in info["missing_keys"]:
-        torch.nn.init.zeros_(model.get_parameter(key))
-    model.config.get_text_config().pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return without_dropout(model)
-
-
-def without_dropout(model: Any) -> Any:
-    """The model, with every dropout switched off for good."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for probability in ("attention_dropout", "dropout"):  # which attention layers read themselves
-            if isinstance(getattr(module, probability, None), float):
-                setattr(module, probability, 0.0)
-    return model
-
-
 def answer_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], answer: str, place: str) -> list[int]:
     """A prompt and an answer to it as a reward model reads them: ended by the end-of-sequence token, if there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -187,7 +138,7 @@ def answer_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], answer: st
 
 
 def scores(model: Any, tokens: Sequence[list[int]], device: torch.device) -> Tensor:
-    """The model's score of each sequence, [N], float32. ``model``: of :func:`load_scorer`, as it is or made data-parallel."""
+    """The model's score of each sequence, [N], float32. ``model``: of ``load_scorer``, as it is or made data-parallel."""
     longest = max(map(len, tokens))
     pad = unwrap(model).config.get_text_config().pad_token_id
     ids = torch.tensor([t + [pad] * (longest - len(t)) for t in tokens], device=device)

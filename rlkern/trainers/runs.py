@@ -12,7 +12,6 @@ draws its rows by its number. Hence a run that was killed and resumed gives the 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -36,9 +35,10 @@ from transformers.utils import logging as transformers_logging
 
 from rlkern.trainers import tutorial
 from rlkern.trainers.arguments import parse
+from rlkern.trainers.directories import check_apart, give_back, run_directory, store_settings, stored_settings, write_json
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import RunArguments
-from rlkern.trainers.sharding import shards_models, whole_state
+from rlkern.trainers.sharding import launched_as, shards_models, whole_state
 
 # Settings that a resumed run may change: its numbers do not depend on them.
 FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
@@ -47,41 +47,6 @@ FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints
 def seed_all(*parts: int | str) -> None:
     """Seed the generators of Python, NumPy and PyTorch from all of ``parts``."""
     set_seed(random.Random("/".join(map(str, parts))).getrandbits(32))
-
-
-def run_directory(output_dir: str | None, *, name: str, resume: bool) -> Path:
-    """Where the run lives: ``output_dir``, or the next free (to resume: the latest) of ``runs/<name>-1``, ``runs/<name>-2``, ..."""
-    if output_dir is None:
-        free = next(n for n in itertools.count(1) if not Path("runs", f"{name}-{n}").exists())
-        return Path("runs", f"{name}-{max(1, free - 1) if resume else free}")
-    path = Path(output_dir)
-    if not resume and (path / "settings.json").exists():
-        raise InputError(f"{path} holds a run already: --resume continues it, another --output-dir starts a new one", field="output_dir")
-    return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def stored_settings(directory: Path) -> dict[str, Any]:
-    """What the run in ``directory`` was started with; nothing if it was not."""
-    path = directory / "settings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def store_settings(directory: Path, settings: dict[str, Any], *, free: set[str]) -> None:
-    """Keep the settings of a run. A resumed run has those it was started with, save for ``free`` ones, on which its numbers do not depend."""
-    for name, before in stored_settings(directory).items():
-        if settings[name] != before and name not in free:
-            raise InputError(
-                f"{name} is {settings[name]!r}, but the run in {directory} was started with {before!r} and is resumed with that", field=name
-            )
-    write_json(directory / "settings.json", settings)
 
 
 def passes(count: int, size: int | None, most: int) -> list[slice]:
@@ -212,21 +177,29 @@ class Run(ABC):
     name: str  #: the command
     title: str  #: of the algorithm, for people
     shown: tuple[str, ...]  #: the numbers of a step that the progress bar shows
+    reads: tuple[str, ...] = ("model", "critic", "data", "eval_data", "reward", "eval_reward", "judge", "process_reward")  #: settings that name paths
 
     args: RunArguments
 
     def __init__(self, args: RunArguments):
-        self.args = args
+        self.args = args = launched_as(args)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.sharded = shards_models(self.accelerator)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self.world != launched:
             raise InputError(f"{launched} processes were launched, but accelerate sees {self.world}; without GPUs, set cpu", field="cpu")
-        self.directory: Path = self.in_first_process(lambda: run_directory(args.output_dir, name=self.name, resume=args.resume))
+        self.directory: Path = self.in_first_process(self.claim_directory)
+        self._kept = False
         self.warm_up: dict[str, Any] | None = None
         self._settings = asdict(args)
         self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
+
+    def claim_directory(self) -> Path:
+        """The run's own, apart from all that it reads."""
+        directory = run_directory(self.args.output_dir, name=self.name, resume=self.args.resume)
+        check_apart(directory, {name: getattr(self.args, name, None) for name in self.reads})
+        return directory
 
     def in_first_process(self, function: Callable[[], Any]) -> Any:
         """What ``function`` gives there, in all processes; what it raises, too."""
@@ -262,13 +235,23 @@ class Run(ABC):
         """Which of ``count`` things are this process's: as many as any other's, or one more or less."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def descend(self, model: Any, optimizer: Any) -> Tensor:
-        """A step of the optimiser along the gradients at hand; their norm before it was clipped."""
-        self.accelerator.unscale_gradients(optimizer)  # accelerate's own clipping, under FSDP, takes one model only
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def descend(self, *trained: tuple[Any, Any]) -> list[Tensor]:
+        """A step of each model's optimiser along the gradients at hand; their norms before they were clipped."""
+        norms = []
+        for model, optimizer in trained:
+            self.accelerator.unscale_gradients(optimizer)  # accelerate's own clipping, under FSDP, takes one model only
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        scaler = self.accelerator.scaler
+        for _, optimizer in trained:
+            if scaler is None:
+                optimizer.step()
+            else:  # accelerate's own step would move the loss scale, which the gradients of the next model still have
+                scaler.step(optimizer.optimizer)
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
+        return norms
 
     def built_in_task(self) -> Path:
         """Make the built-in task, files like a user's own, and give their directory."""
@@ -280,7 +263,8 @@ class Run(ABC):
 
     def keep_settings(self) -> None:
         """Write down what the run was started with: the last thing before training, so that a start that fails leaves nothing behind."""
-        self.in_first_process(lambda: store_settings(self.directory, self._settings, free=self._free))
+        new, self._kept = not (self._kept or self.args.resume), True
+        self.in_first_process(lambda: store_settings(self.directory, self._settings, free=self._free, new=new))
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:
@@ -329,7 +313,11 @@ class Run(ABC):
 def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
     """The whole run of ``make(args)``; gives what summary.json holds. InputError where what the user gave cannot be used."""
     started = time.perf_counter()
-    run = make(args)
+    try:
+        run = make(args)
+    except BaseException:
+        give_back()
+        raise
     main = run.accelerator.is_main_process
     checkpoints = Checkpoints(run.directory / "checkpoints", run.accelerator, args.keep_checkpoints)
     start = checkpoints.load() if args.resume else 0

@@ -10,6 +10,8 @@ import rlkern as rk
 from rlkern.trainers.arguments import option
 from rlkern.trainers.errors import InputError
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 
 @dataclass(kw_only=True)
 class RunArguments:
@@ -33,7 +35,9 @@ class RunArguments:
     # Machine
     micro_batch_size: int | None = option(None, "answers in one forward and backward pass; less is less memory, with the same result")
     dtype: str = option("float32", "of the weights and the optimiser", choices=("float32", "bfloat16"))
-    mixed_precision: str = option("no", "precision of the passes through the model", choices=("no", "bf16", "fp16"))
+    mixed_precision: str | None = option(
+        None, "precision of the passes through the model; by default what accelerate was launched with, else no", choices=PRECISIONS
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, far less memory")
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")
     seed: int = option(0, "of everything random")

@@ -1,10 +1,12 @@
-"""Models that FSDP2 divides among the processes: which of them the trainers take, and their weights whole, to sample from and to save."""
+"""How a run was launched, and models that FSDP2 divides among the processes: which the trainers take, and their weights whole."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.settings import PRECISIONS
 
 
 def shards_models(accelerator: Accelerator) -> bool:
@@ -93,3 +97,22 @@ class Shell:
     def _put(self, of: nn.Parameter, value: nn.Parameter) -> None:
         for module, name in self._places[id(of)]:
             setattr(module, name, value)
+
+
+def launched_as(args: Any) -> Any:
+    """The settings, completed by what ``accelerate launch`` and accelerate's environment ask for; InputError for what would act by halves."""
+    accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulated != "1":
+        raise InputError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulated}, and would divide all gradients; the size of a pass is micro_batch_size here",
+            field="micro_batch_size",
+        )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = launched if args.mixed_precision is None else args.mixed_precision
+    if precision not in PRECISIONS:
+        raise InputError(f"accelerate was launched with {precision!r}, which is none of {', '.join(PRECISIONS)}", field="mixed_precision")
+    if precision != launched and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        tqdm.write(f"mixed_precision is {precision}, as set here; accelerate was launched with {launched}")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise InputError("accelerate was launched with a compiler (ACCELERATE_DYNAMO_BACKEND), which these trainers do not use", field=None)
+    return replace(args, mixed_precision=precision)
