@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,26 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rlkern.trainers import directories, grpo, ppo, reward, tutorial
+from rlkern.trainers.arguments import parse
+from rlkern.trainers.data import batch_at, read_jsonl
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.loading import load_model, load_scorer, load_tokenizer, without_dropout
+from rlkern.trainers.rewards import Reward, load_rewards, total
+from rlkern.trainers.rollout import prompt_tokens
 from rlkern.trainers.runs import read_metrics
 
 from .runs import fresh_accelerate, sampling_settings, save_files  # noqa: F401
@@ -288,3 +304,172 @@ def test_one_loss_scale_for_two_optimisers(files, monkeypatch):
         (row,) = (row for row in read_metrics(files / f"run-{growth}" / "metrics.jsonl") if row["step"] == 1)
         norms.append(row["critic_grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def letters(count: int) -> PreTrainedTokenizerFast:
+    """Another tokenizer: a token for each letter."""
+    vocabulary = {"<pad>": 0, "<end>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(count)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+
+
+def rewrite(files: Path, change) -> None:
+    """All prompts, changed."""
+    for name in ("data", "prefs"):
+        rows = [json.loads(line) for line in (files / f"{name}.jsonl").read_text().splitlines()]
+        (files / f"{name}.jsonl").write_text("".join(json.dumps({**row, "prompt": change(row["prompt"])}) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_the_model_does_not_know(kind, files):
+    tokenizer = load_tokenizer(str(files / "model"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(files / "model")
+    run(kind, files, files / "padded")  # padding is masked: another token stands for it
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(files / "model")
+    rewrite(files, lambda prompt: prompt + "<think>")
+    with pytest.raises(InputError, match=r"jsonl:1: token \d+, '<think>', is beyond the model's vocabulary of"):
+        run(kind, files, files / "run")
+
+
+@pytest.mark.parametrize(("count", "message"), [(41, "another tokenizer than the policy"), (5, "the policy's tokenizer has")])
+def test_a_critic_reads_the_policys_tokens(count, message, files):
+    tokenizer = letters(count)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=0
+    )
+    LlamaForSequenceClassification(config).save_pretrained(files / "critic")
+    tokenizer.save_pretrained(files / "critic")
+    with pytest.raises(InputError, match=message) as raised:
+        run("ppo", files, files / "run", critic=str(files / "critic"))
+    assert raised.value.field == "critic"
+
+
+def test_scorers_of_few_positions(files):
+    tokenizer = load_tokenizer(str(files / "model"))
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=6, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0, bos_token_id=None, eos_token_id=1
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(files / "short")
+    tokenizer.save_pretrained(files / "short")
+    with pytest.raises(InputError, match="reads 6 tokens, but prompts and completions have up to"):
+        run("ppo", files, files / "run", critic=str(files / "short"))
+    with pytest.raises(InputError, match="tokens, more than the model's 6"):
+        run("grpo", files, files / "run", reward=[str(files / "short")])
+
+
+def test_one_beginning_and_no_end(files):
+    tokenizer = load_tokenizer(str(files / "model"))
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    special = [("<bos>", begin), (tokenizer.eos_token, end)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=f"<bos> $A {tokenizer.eos_token}", special_tokens=special)
+    plain = prompt_tokens(tokenizer, "What is 1 + 2?", "p")
+    assert plain == prompt_tokens(tokenizer, "<bos>What is 1 + 2?", "p")
+    assert plain.count(begin) == 1
+    assert end not in plain
+
+
+TEMPLATES = {
+    "{{ raise_exception('no system messages') }}": "TemplateError: no system messages",
+    "{% for m in messages %}{{ m.name + m.content }}{% endfor %}": "cannot be rendered by the chat template",
+    "{% for m in messages %}": "cannot be rendered by the chat template",
+    "{{ '' }}": "the prompt has no tokens",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["grpo", "reward"])
+def test_prompts_that_cannot_be_rendered_are_named(kind, template, files):
+    tokenizer = load_tokenizer(str(files / "model"))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(files / "model")
+    rewrite(files, lambda prompt: [{"role": "user", "content": prompt}])
+    with pytest.raises(InputError, match=rf"jsonl:1: .*{TEMPLATES[template]}"):
+        run(kind, files, files / "run")
+
+
+def test_half_a_surrogate_pair(files):
+    rewrite(files, lambda prompt: prompt + "\ud800")
+    with pytest.raises(InputError, match=r"data\.jsonl:1: the prompt cannot be made into tokens"):
+        run("grpo", files, files / "run")
+
+
+def test_mixtures_of_experts_that_want_their_own_loss(tmp_path):
+    config = MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2
+    )
+    config.output_router_logits = True
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="output_router_logits"):
+        load_model(str(tmp_path), torch.float32)
+
+
+# ---- settings and data ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", ["", "=0.5"])
+@pytest.mark.parametrize("name", ["lr=1e-5/model", "lr=0.1", "beta=0.1", "2026-01-01T10:00:00/model"])
+def test_paths_of_reward_models_may_hold_anything(name, weight, files):
+    fresh = load_scorer(str(files / "model"), torch.float32, load_tokenizer(str(files / "model")))
+    fresh.save_pretrained(files / name)
+    load_tokenizer(str(files / "model")).save_pretrained(files / name)
+    (loaded,) = load_rewards([f"{files}/{name}{weight}"], [])
+    assert (loaded.name, loaded.weight) == (f"{files}/{name}", 0.5 if weight else 1.0)
+
+
+def test_a_function_in_a_folder_with_an_equals_sign(files):
+    (files / "lr=1").mkdir()
+    shutil.copy(files / "rewards.py", files / "lr=1" / "rewards.py")
+    (loaded,) = load_rewards([f"{files}/lr=1/rewards.py:sevens=2"], [])
+    assert (loaded.name, loaded.weight) == ("sevens", 2.0)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_the_prompt_may_have_any_name(name, files):
+    text = (files / "data.jsonl").read_text().replace('"prompt"', f'"{name}"')
+    (files / "data.jsonl").write_text(text, encoding="utf-8-sig")  # with a byte-order mark
+    assert len(read_jsonl(files / "data.jsonl", prompt_field=name)) == 6
+
+
+def test_a_reward_that_does_not_apply(files):
+    def of(values):
+        return lambda completions: list(values)
+
+    rows = read_jsonl(files / "data.jsonl")[:3]
+    two = [Reward("a", of([1.0, None, 3.0]), 1.0), Reward("b", of([None, 2.0, 4.0]), 0.5)]
+    sums, means = total(two, rows, ["x", "y", "z"])
+    assert sums == [1.0, 1.0, 5.0]
+    assert means == {"reward/a": 2.0, "reward/b": 3.0}
+    with pytest.raises(InputError, match="no reward applies to the completion 'y'"):
+        total([two[0], Reward("c", of([0.0, None, 0.0]), 1.0)], rows, ["x", "y", "z"])
+    with pytest.raises(InputError, match="gave None"):
+        total(two[:1], rows, ["x", "y", "z"])
+
+
+def test_yaml_keeps_text_as_it_stands(tmp_path):
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-6\nprompt_field: 007\n")
+    values, _ = parse(grpo.GRPOArguments, ["--config", str(tmp_path / "c.yaml")], prog="x", description="x")
+    assert values == {"mixed_precision": "no", "learning_rate": 1e-6, "prompt_field": "007"}
+
+
+def test_generation_settings_that_contradict_themselves_are_mended(files):
+    path = files / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    run("grpo", files, files / "run")
+    assert json.loads((files / "run" / "model" / "generation_config.json").read_text())["do_sample"]
+
+
+def test_a_batch_is_drawn_without_an_order_of_all_rows_each_time(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        random.Random, "sample", lambda self, population, k, sample=random.Random.sample: drawn.append(k) or sample(self, population, k)
+    )
+    batches = [batch_at(step, 4, 1000, seed=123) for step in range(250)]
+    assert drawn == [1000]
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))

@@ -109,7 +109,10 @@ def read_yaml(cls: type, path: str | Path) -> tuple[dict[str, Any], dict[str, st
         if name in values:
             raise InputError(f"{place}: {key.value!r} is set a second time")
         try:
-            values[name] = _convert(kinds[name], fields[name].metadata["choices"], loader.construct_object(value, deep=True))
+            read = loader.construct_object(value, deep=True)
+            if isinstance(read, (bool, int, float)) and kinds[name].base is str:
+                read = value.value  # YAML's no, off, 1e-6 or 007, as it stands there
+            values[name] = _convert(kinds[name], fields[name].metadata["choices"], read)
         except (ValueError, yaml.YAMLError) as error:
             raise InputError(f"{place}: {key.value}: {error}") from None
         places[name] = f"{place}: {key.value}"

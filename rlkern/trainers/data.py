@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -42,7 +43,7 @@ def read_jsonl(path: str | Path, *, prompt_field: str = "prompt", field: str = "
     Raises InputError naming file, line and field; ``field`` is the setting that named the file.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", field=field) from None
     rows: list[Row] = []
@@ -62,7 +63,7 @@ def read_jsonl(path: str | Path, *, prompt_field: str = "prompt", field: str = "
             if prompt_field not in value:
                 raise InputError(f"{place}: no field {prompt_field!r}{nearest(prompt_field, value)}")
             for name in RESERVED:
-                if name in value:
+                if name in value and name != prompt_field:
                     raise InputError(f"{place}: field {name!r}: the name is taken, reward functions are called with {' and '.join(RESERVED)}")
         for name in value:
             if name not in fields:
@@ -147,9 +148,13 @@ def batch_at(step: int, size: int, rows: int, seed: int) -> list[int]:
 
     A function of the step alone, so a resumed run needs no position.
     """
-    positions = range(step * size, (step + 1) * size)
-    orders = {p: random.Random(f"{seed}/{p}").sample(range(rows), rows) for p in {position // rows for position in positions}}
-    return [orders[position // rows][position % rows] for position in positions]
+    return [_order(seed, position // rows, rows)[position % rows] for position in range(step * size, (step + 1) * size)]
+
+
+@functools.lru_cache(maxsize=2)  # a batch takes from two passes at most, or from many short ones
+def _order(seed: int, passed: int, rows: int) -> list[int]:
+    """The order of the rows in a pass over the data."""
+    return random.Random(f"{seed}/{passed}").sample(range(rows), rows)
 
 
 def split(read: Callable[..., list[AnyRow]], args: RunArguments) -> tuple[list[AnyRow], list[AnyRow]]:

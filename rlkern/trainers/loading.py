@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.rollout import fitting_pad, vocabulary_of
 
 # What maps the last hidden states to logits, of which a model with a score head has no use.
 LANGUAGE_HEADS = ("lm_head.", "embed_out.", "output.", "cls.")
@@ -26,6 +27,12 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
     """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
     model, info = _load(AutoModelForCausalLM, name, "model", dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_weights(name, "model", info)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise InputError(
+            f"{name} asks for a load-balancing loss of its experts (output_router_logits), which is no part of these trainers: set it to false "
+            "in its config.json to train without",
+            field="model",
+        )
     return without_dropout(model)
 
 
@@ -54,7 +61,7 @@ def load_scorer(name: str, dtype: torch.dtype, tokenizer: Any, *, field: str = "
         torch.nn.init.zeros_(model.get_parameter(key))
     if fresh and int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
         tqdm.write(f"{name}: a new score head, of zeros")
-    model.config.get_text_config().pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = fitting_pad(tokenizer, vocabulary_of(model), tokenizer.eos_token_id or 0)
     return without_dropout(model)
 
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ import rlkern as rk
 from rlkern.trainers import runs, tutorial
 from rlkern.trainers.arguments import option
 from rlkern.trainers.errors import InputError
-from rlkern.trainers.loading import load_scorer
+from rlkern.trainers.loading import load_scorer, load_tokenizer
 from rlkern.trainers.policy import PolicyRun
-from rlkern.trainers.rollout import Completions
+from rlkern.trainers.rollout import Completions, positions_of, vocabulary_of
 from rlkern.trainers.settings import PolicyArguments
 
 POLICY_METRICS = ("clip_fraction", "approx_kl", "entropy", "ratio_mean")
@@ -137,12 +138,27 @@ class PPO(PolicyRun):
         self.critic_optimizer: Any = None
         if args.baseline == "critic":
             model = load_scorer(source, getattr(torch, args.dtype), self.sample.tokenizer, field="critic" if args.critic else "model")
+            if args.critic:
+                self.check_critic(model, args.critic)
             critic = Critic(self.ready(model), source)
             optimizer = self.adamw(critic, args.critic_learning_rate or args.learning_rate)
             self.critic, self.critic_optimizer = self.accelerator.prepare(critic, optimizer)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.accelerator.register_for_checkpointing(self.kl)
         self.keep_settings()
+
+    def check_critic(self, model: Any, name: str) -> None:
+        """InputError where a critic of its own cannot read what the policy reads: it gets the same token ids, at the same positions."""
+        if vocabulary_of(model) < vocabulary_of(self.model) and vocabulary_of(model) < len(self.sample.tokenizer):
+            raise InputError(f"{name} knows {vocabulary_of(model)} tokens, the policy's tokenizer has {len(self.sample.tokenizer)}", field="critic")
+        if Path(name).is_dir() and any(Path(name).glob("*token*")):
+            other = load_tokenizer(name, field="critic").get_vocab()
+            mine = self.sample.tokenizer.get_vocab()
+            if different := [token for token, i in mine.items() if i < vocabulary_of(self.model) and other.get(token) != i]:
+                raise InputError(f"{name} has another tokenizer than the policy: of {different[0]!r}, for one", field="critic")
+        longest, needed = positions_of(model), self.sample.sampling.max_length
+        if longest is not None and needed > longest:
+            raise InputError(f"{name} reads {longest} tokens, but prompts and completions have up to {needed}", field="critic")
 
     def values(self, batch: Completions) -> Tensor:
         """The critic's value of the state before each token of the completions, and of that after the last: [N, T + 1]."""

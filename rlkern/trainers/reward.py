@@ -72,13 +72,9 @@ class RewardRun(runs.Run):
             raise InputError(f"{other.place} has {len(other.answers)} answers, but {first.place} has {len(first.answers)}", field="eval_data")
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_scorer(args.model, getattr(torch, args.dtype), self.tokenizer)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
         self.tokens: dict[str, list[list[int]]] = {}  # of each row, by its place: every answer, the best first, with the prompt before it
         for row in (*self.rows, *self.held_out):
-            self.tokens[row.place] = [answer_tokens(self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
-            for answer, tokens in zip(row.answers, self.tokens[row.place], strict=True):
-                if longest is not None and len(tokens) > longest:
-                    raise InputError(f"{row.place}: prompt and answer {answer[:30]!r} are {len(tokens)} tokens, more than the model's {longest}")
+            self.tokens[row.place] = [answer_tokens(self.model, self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
         self.ready(self.model)
         optimizer = self.adamw(self.model, args.learning_rate)
         self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -173,7 +169,7 @@ class OnlineRewardModel:
             different = [(i, j) for i in members for j in members if judged[i] > judged[j]]
             if different:
                 row, pair = rows[first], random.choice(different)
-                pairs.append([answer_tokens(self.tokenizer, row.prompt, texts[i], row.place) for i in pair])
+                pairs.append([answer_tokens(self.model, self.tokenizer, row.prompt, texts[i], row.place) for i in pair])
         return pairs
 
     def learn(self, fresh: list[list[list[int]]], updates: int, size: int) -> dict[str, float]:

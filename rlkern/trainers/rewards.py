@@ -48,7 +48,7 @@ class RewardModel:
         self.device, self.batch_size = device, batch_size
 
     def __call__(self, prompts: list[Any], completions: list[str]) -> list[float]:
-        tokens = [answer_tokens(self.tokenizer, *pair, place="a prompt") for pair in zip(prompts, completions, strict=True)]
+        tokens = [answer_tokens(self.model, self.tokenizer, *pair, place="a prompt") for pair in zip(prompts, completions, strict=True)]
         size = self.batch_size or len(tokens)
         with torch.no_grad():
             return torch.cat([scores(self.model, tokens[i : i + size], self.device) for i in range(0, len(tokens), size)]).tolist()
@@ -64,8 +64,7 @@ def load_rewards(
     """
     rewards: list[Reward] = []
     for spec in specs:
-        where, _, name = spec.rpartition(":")
-        name, _, weight_text = name.partition("=")
+        directory, where, name, weight_text = _parts(spec)
         try:
             weight = float(weight_text or 1.0)
         except ValueError:
@@ -73,10 +72,10 @@ def load_rewards(
         if not math.isfinite(weight):
             raise InputError(f"{spec!r}: the weight must be a number, got {weight_text!r}", field=field)
         function: Callable[..., Any]
-        if where and name:
+        if directory:
+            function = RewardModel(directory, device, field=field, batch_size=batch_size)
+        elif where and name:
             function = load_named(spec, where, name, kind="function", field=field)
-        elif name and ":" not in spec and ("/" in name or Path(name).is_dir()):
-            function = RewardModel(name, device, field=field, batch_size=batch_size)
         else:
             raise InputError(f"{spec!r}: expected module:function, file.py:function or a reward model's directory; =weight if not 1", field=field)
         if name in (reward.name for reward in rewards):
@@ -85,6 +84,18 @@ def load_rewards(
             _check_signature(spec, function, row, field)
         rewards.append(Reward(name, function, weight))
     return rewards
+
+
+def _parts(spec: str) -> tuple[str, str, str, str]:
+    """(directory or name of a reward model, module or file of a function, its name, weight) of ``spec``; a directory's name may hold = and :."""
+    if Path(spec).is_dir():
+        return spec, "", spec, ""
+    head, _, weight = spec.rpartition("=")
+    if head and Path(head).is_dir():
+        return head, "", head, weight
+    where, _, name = spec.rpartition(":")
+    name, _, weight = name.partition("=")
+    return (name if not where and "/" in name else ""), where, name, weight
 
 
 def _check_signature(spec: str, function: Callable[..., Any], row: Row, field: str) -> None:
@@ -124,10 +135,15 @@ def _number(reward: Reward, value: Any, row: Row, what: str) -> float:
 
 def score(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> list[float]:
     """One function's rewards for ``completions``, of which the i-th answers ``rows[i]``. InputError where it does not give finite numbers."""
+    return [_number(reward, value, row, what) for value, row, what in _scored(reward, rows, completions)]
+
+
+def _scored(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) -> list[tuple[Any, Row, str]]:
+    """What the function gives for each completion, with its row and what it is called in an error."""
     if not completions:
         return []
     values = _outputs(reward, rows, completions, "numbers")
-    return [_number(reward, value, row, f"completion {text!r}") for value, row, text in zip(values, rows, completions, strict=True)]
+    return [(value, row, f"completion {text!r}") for value, row, text in zip(values, rows, completions, strict=True)]
 
 
 def steps_of(completion: str, separator: str) -> list[str]:
@@ -159,8 +175,22 @@ def _culprit(reward: Reward, rows: Sequence[Row], completions: Sequence[str]) ->
 
 
 def total(rewards: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]) -> tuple[list[float], dict[str, float]]:
-    """The weighted sum of the rewards of each completion, and the mean of each reward, named ``reward/...``, where there are several."""
-    each = {reward.name: score(reward, rows, completions) for reward in rewards}
-    sums = [sum(reward.weight * each[reward.name][i] for reward in rewards) for i in range(len(completions))]
-    means = {f"reward/{name}": sum(values) / max(1, len(values)) for name, values in each.items()} if len(each) > 1 else {}
-    return sums, means
+    """The weighted sum of the rewards of each completion, and the mean of each reward, named ``reward/...``, where there are several.
+
+    Of several, one that gives None does not apply to that completion, and is left out of its sum and of the mean.
+    """
+    if len(rewards) == 1:
+        (reward,) = rewards
+        return [reward.weight * value for value in score(reward, rows, completions)], {}
+    each: dict[str, list[float | None]] = {
+        reward.name: [None if value is None else _number(reward, value, row, what) for value, row, what in _scored(reward, rows, completions)]
+        for reward in rewards
+    }
+    sums = []
+    for i, row in enumerate(rows):
+        given = [(reward.weight, value) for reward in rewards if (value := each[reward.name][i]) is not None]
+        if not given:
+            raise InputError(f"no reward applies to the completion {completions[i]!r} of {row.place}: all gave None")
+        sums.append(sum(weight * value for weight, value in given))
+    applied = {name: [value for value in values if value is not None] for name, values in each.items()}
+    return sums, {f"reward/{name}": sum(values) / max(1, len(values)) for name, values in applied.items()}

@@ -16,6 +16,9 @@ from rlkern.trainers.engines import Engine, Sample, Sampling, load_engine, pad_l
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import PolicyArguments
 
+# Generation settings that mean something in sampling alone, with what means nothing there.
+SAMPLED = {"temperature": (1.0,), "top_p": (1.0,), "top_k": (50, 0), "min_p": (0.0,), "typical_p": (1.0,)}
+
 
 class Completions(NamedTuple):
     """Prompts of one length (padded on the left) with their completions (padded on the right); one row a completion."""
@@ -43,10 +46,13 @@ class Sampler:
         self.defaults = model.generation_config
         ends = self.defaults.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+        if not self.defaults.do_sample and any(getattr(self.defaults, name, None) not in (None, *neutral) for name, neutral in SAMPLED.items()):
+            self.defaults.do_sample = True  # which these settings mean; transformers 4 would refuse to save the model without
+        self.vocabulary = vocabulary_of(model)
+        self.ends = sorted(end for end in {*ends, tokenizer.eos_token_id} - {None} if end < self.vocabulary)
         if not self.ends:
-            raise InputError("the tokenizer has no end-of-sequence token", field="model")
-        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            raise InputError("neither the tokenizer nor the model has an end-of-sequence token that the model knows", field="model")
+        self.pad = fitting_pad(tokenizer, self.vocabulary, self.ends[0])
 
     def start(self, longest: int) -> None:
         """Make the engine, for prompts of at most that many tokens. Whatever else is to live on the device is there by now."""
@@ -70,7 +76,8 @@ class Sampler:
     def tokens(self, row: Row) -> list[int]:
         """The prompt as token ids, short enough for the model to answer it."""
         ids = prompt_tokens(self.tokenizer, row.prompt, row.place)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        check_fit(ids, self.vocabulary, self.tokenizer, row.place)
+        longest = positions_of(self.model)
         if longest is not None and len(ids) + self.max_new_tokens > longest:
             raise InputError(f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}")
         return ids
@@ -122,19 +129,69 @@ class Sampler:
 
 
 def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str) -> list[int]:
-    """A prompt as token ids; a conversation through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
+    """A prompt as token ids; a conversation through the tokenizer's chat template.
+
+    With one beginning of the sequence, also where the text has it and the tokenizer puts another before it; and no end that the text does not have.
+    """
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
         raise InputError(f"{place}: the prompt is a list of messages, but the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # a template raises what it likes
+        how = "made into tokens" if isinstance(prompt, str) else "rendered by the chat template"
+        raise InputError(f"{place}: the prompt cannot be {how}: {type(error).__name__}: {error}") from error
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while begin is not None and ids[:2] == [begin, begin]:
+        ids = ids[1:]
+    if isinstance(prompt, str) and end not in (None, begin) and ids[-1:] == [end] and not prompt.rstrip().endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if not ids:
+        raise InputError(f"{place}: the prompt has no tokens")
+    return ids
 
 
-def answer_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], answer: str, place: str) -> list[int]:
-    """A prompt and an answer to it as a reward model reads them: ended by the end-of-sequence token, if there is one."""
+def vocabulary_of(model: Any) -> int:
+    """How many tokens the model has embeddings for."""
+    embeddings = unwrap(model).get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a sequence may have, where the model says so."""
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def fitting_pad(tokenizer: Any, vocabulary: int, other: int) -> int:
+    """The tokenizer's padding, or where the model does not know that, another token: it is masked."""
+    return other if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary else tokenizer.pad_token_id
+
+
+def check_fit(ids: Sequence[int], vocabulary: int, tokenizer: Any, place: str) -> None:
+    """InputError for a token that the model has no embedding of."""
+    if (most := max(ids)) >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise InputError(
+            f"{place}: token {most}, {token!r}, is beyond the model's vocabulary of {vocabulary}: resize its embeddings to its tokenizer"
+        )
+
+
+def answer_tokens(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], answer: str, place: str) -> list[int]:
+    """A prompt and an answer to it as a reward model reads them: ended by the end-of-sequence token, if there is one. InputError where it cannot."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return prompt_tokens(tokenizer, prompt, place) + tokenizer(answer, add_special_tokens=False)["input_ids"] + end
+    try:
+        answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        raise InputError(f"{place}: answer {answer[:30]!r} cannot be made into tokens: {type(error).__name__}: {error}") from error
+    ids = prompt_tokens(tokenizer, prompt, place) + answered + end
+    check_fit(ids, vocabulary_of(model), tokenizer, place)
+    longest = positions_of(model)
+    if longest is not None and len(ids) > longest:
+        raise InputError(f"{place}: prompt and answer {answer[:30]!r} are {len(ids)} tokens, more than the model's {longest}")
+    return ids
 
 
 def scores(model: Any, tokens: Sequence[list[int]], device: torch.device) -> Tensor:
