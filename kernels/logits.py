@@ -305,7 +305,7 @@ def loss_kernel(
         log_r,
         log_r,
         A,
-        optional(weights_ptr, row, live, 1.0),
+        optional(weights_ptr, row, live, None),
         kept,
         optional(ref_ptr, row, live, None),
         optional(sampling_ptr, row, live, None),

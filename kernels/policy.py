@@ -31,9 +31,15 @@ def by_sign(positive, A, a, b):
 
 
 @triton.jit
+def ratio(log_r, A):
+    """r; 1 where A is 0, which is not to be multiplied by an infinite one."""
+    return tl.exp(tl.where(A == 0.0, 0.0, log_r))
+
+
+@triton.jit
 def clipped_branch(r, A, o):
     """(-min(min(r, cap) A, clamp(r) A), its derivative in r)."""
-    free, clipped = times(A, clamp(r, float("-inf"), o.ratio_cap)), times(A, clamp(r, o.low, o.high))
+    free, clipped = clamp(r, float("-inf"), o.ratio_cap) * A, clamp(r, o.low, o.high) * A
     free_slope = tl.where(r > o.ratio_cap, 0.0, A)
     clipped_slope = tl.where(outside(r, o.low, o.high), 0.0, A)
     slope = tl.where(free < clipped, free_slope, tl.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
@@ -43,7 +49,7 @@ def clipped_branch(r, A, o):
 @triton.jit
 def clip(lp, old, log_r, A, o):
     """-min(min(r, ratio_cap) A, clamp(r, low, high) A);  where A < 0, at most -dual_clip A."""
-    r = tl.exp(log_r)
+    r = ratio(log_r, A)
     loss, slope = clipped_branch(r, A, o)
     most = -o.dual_clip * A
     negative = A < 0.0
@@ -53,7 +59,7 @@ def clip(lp, old, log_r, A, o):
 
 @triton.jit
 def clip_edges(lp, old, log_r, A, o):
-    r = tl.exp(log_r)
+    r = ratio(log_r, A)
     loss, _ = clipped_branch(r, A, o)
     return (A < 0.0) & (r < o.low), (A > 0.0) & (r > o.high), (A < 0.0) & (loss > -o.dual_clip * A)
 
@@ -188,15 +194,15 @@ def no_edges(lp, old, log_r, A, o):
 
 @triton.jit
 def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr):
-    """One token's loss:  keep w surrogate + kl_coef KL.  ``ref`` None: no KL.
+    """One token's loss:  keep w surrogate + kl_coef KL.  ``w`` None: 1;  ``ref`` None: no KL.
 
     log_r is the ratio's logarithm at the configured level; the surrogate reads its own, which is another where it reduces over the sequence itself.
     Gives (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL).
     """
     loss, d_lp, d_surrogate = TERM(lp, old, surrogate_log_r, A, o)
-    loss = tl.where(keep, times(loss, w), 0.0)
-    d_lp = tl.where(keep, times(d_lp, w), 0.0)
-    d_surrogate = tl.where(keep, times(d_surrogate, w), 0.0)
+    if w is not None:
+        loss, d_lp, d_surrogate = times(loss, w), times(d_lp, w), times(d_surrogate, w)
+    loss, d_lp, d_surrogate = tl.where(keep, loss, 0.0), tl.where(keep, d_lp, 0.0), tl.where(keep, d_surrogate, 0.0)
     d_log_r = tl.zeros_like(lp)
     kl = tl.zeros_like(lp)
     if ref is not None:
@@ -206,11 +212,11 @@ def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TER
         elif KL_WEIGHT == "sampling":
             weight = tl.exp(lp - sampling)
         kl, d_kl, d_weight = penalty(lp, ref, weight, o, ESTIMATOR)
-        coef = tl.zeros_like(lp) + o.kl_coef
-        loss += times(coef, kl)
-        d_lp += times(coef, d_kl)
+        unused = o.kl_coef == 0.0  # a metric then, which may be infinite
+        loss += tl.where(unused, 0.0, o.kl_coef * kl)
+        d_lp += tl.where(unused, 0.0, o.kl_coef * d_kl)
         if KL_WEIGHT == "ratio":
-            d_log_r += times(coef, times(d_weight, weight))
+            d_log_r += tl.where(unused, 0.0, o.kl_coef * times(d_weight, weight))
         elif KL_WEIGHT != "none":
-            d_lp += times(coef, times(d_weight, weight))
+            d_lp += tl.where(unused, 0.0, o.kl_coef * times(d_weight, weight))
     return loss, d_lp, d_log_r, d_surrogate, kl

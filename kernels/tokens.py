@@ -249,14 +249,16 @@ def policy_kernel(
         entropy_scale = 1.0 / kept_length if ENTROPY_AGGREGATION == "seq-mean-token-mean" else tl.full([], 1.0, DTYPE)
 
     # Second pass: losses, direct gradients, metrics.
-    losses, counts, kept_counts, entropies, kept_entropies, spread = zero, zero, zero, zero, zero, zero
-    lows, highs, duals, drifts, kls, ratios, outsiders, largest = zero, zero, zero, zero, zero, zero, zero, zero + float("-inf")
+    losses, kept_counts, entropies, kept_entropies, spread = zero, zero, zero, zero, zero
+    duals, drifts, kls, ratios, largest = zero, zero, zero, zero, zero + float("-inf")
+    # Two counts in a number, since registers are short: of a lane, which sees a token in BLOCK, each stays below 2^15.
+    tallies, clips = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         columns = start + offsets
         inside = columns < end
         lp, live, excluded = read_logprob(logprobs, mask, row, columns, inside, DTYPE)
         kept = read_flag(entropy_mask, row, columns, live)
-        outsiders += excluded.to(DTYPE)
+        tallies += live.to(tl.int32) + (excluded.to(tl.int32) << 16)
         behaviour = read_old(old, lp, row, columns, live, DTYPE)
         A = read(advantages, row, columns, live, DTYPE)
         log_r = lp - behaviour if LEVEL == "token" else zero + sequence_log_r
@@ -265,9 +267,7 @@ def policy_kernel(
         keep = live if KEPT_MEAN else kept  # the geometric mean has taken the entropy mask into account
         if OFF_POLICY:
             keep = keep & ((A >= 0.0) | (zero + drift <= o.off_policy_threshold))
-        w = zero + 1.0
-        if weights is not None and REDUCTION != "weighted-sum":
-            w = read(weights, row, columns, live, DTYPE)
+        w = read(weights, row, columns, live, DTYPE) if weights is not None and REDUCTION != "weighted-sum" else None
         reference = read(ref, row, columns, live, DTYPE) if ref is not None else None
         sampled = read(sampling, row, columns, live, DTYPE) if KL_WEIGHT == "sampling" else None
         loss, d_lp, d_log_r, d_own, kl = policy.objective(
@@ -286,7 +286,6 @@ def policy_kernel(
             tl.store(at(grad_logprobs, row, columns), tl.where(live, scale * d_lp, 0.0), mask=inside)
 
         losses += tl.where(live, loss, 0.0)
-        counts += live.to(DTYPE)
         if ENTROPY_AGGREGATION != "":
             kept_counts += kept.to(DTYPE)
         if entropy is not None:
@@ -298,8 +297,7 @@ def policy_kernel(
                 counted = live if ENTROPY_AGGREGATION == "" else kept
                 tl.store(at(grad_entropy, row, columns), tl.where(counted, -o.entropy_coef * entropy_scale, 0.0), mask=inside)
         low, high, dual = EDGES(lp, behaviour, log_r, A, o)
-        lows += (live & low).to(DTYPE)
-        highs += (live & high).to(DTYPE)
+        clips += (live & low).to(tl.int32) + ((live & high).to(tl.int32) << 16)
         duals += (live & dual).to(DTYPE)
         drifts += behaviour - lp
         kls += tl.where(live, kl, 0.0)
@@ -310,7 +308,7 @@ def policy_kernel(
     # Third pass: a gradient with respect to the sequence's ratio goes to all of its tokens.
     if grad_logprobs is not None and (SPREAD or KEPT_MEAN):
         share = scale * tl.sum(spread, 0)
-        excludes = tl.sum(outsiders, 0) > 0.0
+        excludes = tl.max(tallies, 0) >= 65536
         if KEPT_MEAN:
             share = share / kept_length
         elif LEVEL == "sequence":
@@ -332,24 +330,24 @@ def policy_kernel(
                 gradient += share
             tl.store(at(grad_logprobs, row, columns), gradient, mask=takes)
 
-    if ENTROPY_AGGREGATION == "":
-        kept_counts, kept_entropies = counts, entropies
-    count = tl.sum(counts, 0)
+    count = tl.sum((tallies & 65535).to(DTYPE), 0)
     kept_count = tl.sum(kept_counts, 0)
+    if ENTROPY_AGGREGATION == "":
+        kept_count, kept_entropies = count, entropies
     store_partial(partials, 0, scale * tl.sum(losses, 0))
     store_partial(partials, 1, entropy_scale * tl.sum(kept_entropies, 0))
     store_partial(partials, 2, count)
     store_partial(partials, 3, tl.where(count > 0.0, 1.0, 0.0))
     store_partial(partials, 4, kept_count)
     store_partial(partials, 5, tl.where(kept_count > 0.0, 1.0, 0.0))
-    store_partial(partials, 6, tl.sum(lows, 0))
-    store_partial(partials, 7, tl.sum(highs, 0))
+    store_partial(partials, 6, tl.sum((clips & 65535).to(DTYPE), 0))
+    store_partial(partials, 7, tl.sum((clips >> 16).to(DTYPE), 0))
     store_partial(partials, 8, tl.sum(duals, 0))
     store_partial(partials, 9, tl.sum(drifts, 0))
     store_partial(partials, 10, tl.sum(kls, 0))
     store_partial(partials, 11, tl.sum(entropies, 0))
     store_partial(partials, 12, tl.sum(ratios, 0))
-    store_partial(partials, 13, tl.sum(outsiders, 0))
+    store_partial(partials, 13, tl.sum((tallies >> 16).to(DTYPE), 0))
     store_partial(partials, 14, tl.max(largest, 0))
     if arrives_last(arrivals):
         finish(partials, loss_out, results, normalizer, o, AGGREGATION, ENTROPY_AGGREGATION, BLOCK)
