@@ -26,7 +26,7 @@ from bench.contests.update import longest
 from bench.environment import environment
 from bench.harness import Ceilings, Record
 
-PARTS = (*OPERATIONS, "accuracy")
+PARTS = (*OPERATIONS, "accuracy", "head_accuracy")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sittings, rounds = (2, 4) if full else (2, 3)
     seconds = (12.0 if full else 1.0) if options.seconds is None else options.seconds
     records = [Record(contest) for name in OPERATIONS if name in wanted for contest in OPERATIONS[name](device, full)]
-    steps = sittings * len(records) + ("accuracy" in wanted) + ("update" in wanted)
+    steps = sittings * len(records) + ("accuracy" in wanted) + ("head_accuracy" in wanted) + ("update" in wanted)
     ceilings = {dtype: Ceilings(device, dtype) for dtype in dict.fromkeys(record.contest.dtype for record in records)}
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for _ in range(sittings):
@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "accuracy" in wanted:
             bar.set_postfix_str("accuracy")
             result["accuracy"] = accuracy.measure(device, full=full)
+            bar.update()
+        if "head_accuracy" in wanted:
+            bar.set_postfix_str("accuracy from hidden states")
+            result["head_accuracy"] = accuracy.measure_head(device, full=full)
             bar.update()
     options.out.write_text(compact(result))
     print(report.text(result))

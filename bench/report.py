@@ -26,6 +26,8 @@ from rlkern.ops.linear import chunk_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = ROOT / "bench" / "results" / "cpu.json"
+HEAD_ACCURACY = ROOT / "bench" / "results" / "head.json"  # python -m bench --full --op head_accuracy --out bench/results/head.json
+HEAD_PLOT = ROOT / "docs" / "bench-head-accuracy.png"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scaling.md")
 HEADLINE = "fused_linear_policy_loss"
 DIMENSIONS = {
@@ -172,13 +174,26 @@ def accuracy_table(result: Json) -> str:
     found = result["accuracy"]
     parts = []
     for case in found["cases"]:
-        measured = [c for c in case["contenders"] if "missing" not in c]
-        quantities = list(measured[0]["errors"])
-        rows = [
-            [f"**{c['name']}**" if c["name"] == OURS else c["name"], *("" if c["errors"][q] is None else f"{c['errors'][q]:.1e}" for q in quantities)]
-            for c in measured
-        ]
-        parts += [f"{case['dtype']}, {case['logits']} logits, {shape_text(found['shape'])}", table(["", *quantities], rows)]
+        parts += [f"{case['dtype']}, {case['logits']} logits, {shape_text(found['shape'])}", error_table(case["contenders"])]
+    return paragraphs(*parts, missing(found["cases"][0]["contenders"]))
+
+
+def error_table(contenders: Sequence[Json]) -> str:
+    measured = [c for c in contenders if "missing" not in c]
+    quantities = list(measured[0]["errors"])
+    rows = [
+        [f"**{c['name']}**" if c["name"] == OURS else c["name"], *("" if c["errors"][q] is None else f"{c['errors'][q]:.1e}" for q in quantities)]
+        for c in measured
+    ]
+    return table(["", *quantities], rows)
+
+
+def head_accuracy_table(result: Json, cases: slice = slice(None)) -> str:
+    found = result["head_accuracy"]
+    parts = []
+    for case in found["cases"][cases]:
+        shape = {"H": case["H"], **found["shape"]}
+        parts += [f"{case['logits'].capitalize()} logits, {shape_text(shape)}", error_table(case["contenders"])]
     return paragraphs(*parts, missing(found["cases"][0]["contenders"]))
 
 
@@ -359,6 +374,37 @@ def plot(result: Json, operation: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_head_accuracy(result: Json, path: Path) -> None:
+    """The errors of all cases, a line of points for each contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = result["head_accuracy"]["cases"]
+    names = [c["name"] for c in cases[0]["contenders"] if "missing" not in c]
+    panels = {"ratio": "ratio off from 1", "entropy": "entropy, nats", "d hidden": "gradient of hidden", "d head": "gradient of head"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), sharey=True)
+    for ax, (quantity, label) in zip(axes, panels.items(), strict=True):
+        for case, marker in zip(cases, "os^D", strict=False):
+            by_name = {c["name"]: c["errors"][quantity] for c in case["contenders"] if "missing" not in c}
+            points = [(x, len(names) - y) for y, name in enumerate(names) if (x := by_name[name]) is not None]
+            ax.plot(*zip(*points, strict=True), marker, label=f"{case['logits']}, H = {case['H']:,}", alpha=0.7)
+        ax.set_xscale("log")
+        ax.set_title(label, fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(names), 0, -1), names)
+    axes[0].get_yticklabels()[names.index(OURS)].set_fontweight("bold")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
+    e = result["environment"]
+    shape = shape_text(result["head_accuracy"]["shape"])
+    figure.suptitle(f"largest error against float64, {shape}: {e['device']}, torch {e['torch']}, {e['date'][:10]}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def plots(result: Json) -> dict[str, Path]:
     """Operations that have a sweep, and where their plots go."""
     return {s.operation: ROOT / "docs" / f"bench-{s.operation.replace(' ', '-').replace('_', '-')}.png" for s in sweeps(result)}
@@ -379,6 +425,7 @@ def blocks(result: Json) -> dict[str, str]:
         for c in contests
         if c is largest[operation] or {"head", "mask"} & set(c["shape"]) or len(contests) < 3
     ]
+    head = result if "head_accuracy" in result else read(HEAD_ACCURACY)
     pictures = "\n\n".join(f"![{operation}: time, memory and part of the ceiling]({path.name})" for operation, path in plots(result).items())
     return {
         "headline": paragraphs(contest_table(headline(result)), f"{machine(result)}."),
@@ -388,6 +435,8 @@ def blocks(result: Json) -> dict[str, str]:
         "plots": pictures,
         "longest": longest_table(result),
         "accuracy": accuracy_table(result),
+        "head_accuracy": paragraphs(head_accuracy_table(head), f"{machine(head)}."),
+        "head_accuracy_headline": paragraphs(head_accuracy_table(head, slice(-1, None)), f"{machine(head)}."),
         "exponents": scaling_table(result),
         "memory": memory_table(result),
         "work": work_table(result),
@@ -409,7 +458,7 @@ def filled(page: str, shown: Mapping[str, str]) -> str:
 def text(result: Json) -> str:
     """All tables that the result has."""
     parts = [f"{machine(result)}.", *map(contest_table, result["contests"])]
-    for key, make in (("longest", longest_table), ("accuracy", accuracy_table)):
+    for key, make in (("longest", longest_table), ("accuracy", accuracy_table), ("head_accuracy", head_accuracy_table)):
         if key in result:
             parts.append(make(result))
     if sweeps(result):
@@ -455,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.write_text(filled(page.read_text(), shown))
     for operation, path in plots(result).items():
         plot(result, operation, path)
+    plot_head_accuracy(result if "head_accuracy" in result else read(HEAD_ACCURACY), HEAD_PLOT)
     return 0
 
 

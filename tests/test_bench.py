@@ -207,6 +207,22 @@ def test_accuracy_names_every_contender():
     assert (logits.max(-1).values > 30).all()
 
 
+def test_accuracy_from_hidden_states():
+    """Tokens are the policy's own, the gradients' floor is one rounding, and ours reaches it; who is missing says why."""
+    result = accuracy.measure_head(CPU, full=False)
+    for case in result["cases"]:
+        by_name = {c["name"]: c for c in case["contenders"]}
+        assert list(by_name) == [*accuracy.head_contenders(CPU), accuracy.ONE_ROUNDING]
+        assert by_name["Cut Cross-Entropy"]["missing"]
+        ours, narrow, floor = (by_name[name]["errors"] for name in (OURS, "rlkern, bfloat16 logits", accuracy.ONE_ROUNDING))
+        assert max(ours["logprob"], ours["ratio"]) < 1e-5 < 1e-3 < min(narrow["logprob"], narrow["ratio"])
+        assert ours["entropy"] < 1e-4
+        assert all(0 < ours[q] <= 2 * floor[q] for q in accuracy.HEAD_QUANTITIES if q.startswith("d "))
+    text = report.head_accuracy_table(result)
+    assert "Peaked logits, H = 256, N = 16, V = 8,000, bfloat16" in text
+    assert "Cut Cross-Entropy (" in text
+
+
 # ---- pages ----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +235,7 @@ def test_pages_show_the_committed_result(page):
 
 
 def test_plots_are_there():
-    assert [path for path in report.plots(report.read(report.DOCUMENTED)).values() if not path.exists()] == []
+    assert [path for path in (*report.plots(report.read(report.DOCUMENTED)).values(), report.HEAD_PLOT) if not path.exists()] == []
 
 
 def test_measured_reads_its_sittings():
