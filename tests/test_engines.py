@@ -401,6 +401,7 @@ class LLM:
     max_num_seqs: int | None = None
     logprobs_mode: str = "raw_logprobs"
     distributed_executor_backend: str | None = None
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
     cached: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -459,6 +460,7 @@ def test_vllm_samples_from_the_weights_it_is_given(files, tmp_path, changes):
     llm = run.sample.engine.llm
     longest = max(len(run.sample.tokens(row)) for row in (*run.rows, *run.held_out))
     assert (llm.model, llm.dtype, llm.max_model_len, llm.gpu_memory_utilization) == (run.args.model, "float32", longest + 12, 0.4)
+    assert llm.hf_overrides == {"head_dtype": "float32"}
     with torch.no_grad():
         for weight in run.model.parameters():
             weight.mul_(1.5)

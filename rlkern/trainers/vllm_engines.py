@@ -41,6 +41,7 @@ class VLLM:
             max_num_seqs=sampling.batch_size,
             gpu_memory_utilization=sampling.memory,
             logprobs_mode=mode,
+            hf_overrides={"head_dtype": "float32"},  # as the trainers' own: a logit rounded to 16 bits puts a log-prob off by 1e-2
             distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,  # an engine a process
         )
 
