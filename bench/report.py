@@ -391,6 +391,8 @@ def plot_head_accuracy(result: Json, path: Path) -> None:
             points = [(x, len(names) - y) for y, name in enumerate(names) if (x := by_name[name]) is not None]
             ax.plot(*zip(*points, strict=True), marker, label=f"{case['logits']}, H = {case['H']:,}", alpha=0.7)
         ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
         ax.set_title(label, fontsize=10)
         ax.grid(alpha=0.3)
     axes[0].set_yticks(range(len(names), 0, -1), names)

@@ -218,7 +218,7 @@ def test_accuracy_from_hidden_states():
         assert max(ours["logprob"], ours["ratio"]) < 1e-5 < 1e-3 < min(narrow["logprob"], narrow["ratio"])
         assert ours["entropy"] < 1e-4
         assert all(0 < ours[q] <= 2 * floor[q] for q in accuracy.HEAD_QUANTITIES if q.startswith("d "))
-    text = report.head_accuracy_table(result)
+    text = report.head_accuracy_table({"head_accuracy": result})
     assert "Peaked logits, H = 256, N = 16, V = 8,000, bfloat16" in text
     assert "Cut Cross-Entropy (" in text
 
