@@ -43,6 +43,7 @@ class Sampler:
 
     def __init__(self, model: Any, tokenizer: Any, args: PolicyArguments, device: torch.device):
         self.model, self.tokenizer, self.args, self.device, self.max_new_tokens = model, tokenizer, args, device, args.max_new_tokens
+        self._tokens: dict[str, list[int]] = {}  # of each prompt, by its place
         self.defaults = model.generation_config
         ends = self.defaults.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -74,12 +75,15 @@ class Sampler:
         self.engine = load_engine(args.engine, self.model, self.sampling)
 
     def tokens(self, row: Row) -> list[int]:
-        """The prompt as token ids, short enough for the model to answer it."""
+        """The prompt as token ids, short enough for the model to answer it; made once for each row of the files."""
+        if (known := self._tokens.get(row.place)) is not None:
+            return known
         ids = prompt_tokens(self.tokenizer, row.prompt, row.place)
         check_fit(ids, self.vocabulary, self.tokenizer, row.place)
         longest = positions_of(self.model)
         if longest is not None and len(ids) + self.max_new_tokens > longest:
             raise InputError(f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}")
+        self._tokens[row.place] = ids
         return ids
 
     def ended(self, batch: Completions) -> Tensor:
@@ -112,7 +116,9 @@ class Sampler:
         if self.sampling.logprobs:
             logprobs = torch.tensor([each + [0.0] * (longest - len(each)) for _, each in samples if each is not None], device=ids.device)
         mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        # Not all ends are special tokens of the tokenizer's.
+        written = [tokens[:-1] if tokens and tokens[-1] in self.ends else tokens for tokens, _ in samples]
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask, logprobs), texts
 
     def _check(self, samples: Sequence[Sample], count: int) -> None:

@@ -2,7 +2,7 @@
 
 settings.json     what the run was started with
 metrics.jsonl     one line a step; only numbers that a run with the same settings reproduces, so that two logs can be compared as files
-checkpoints/      step-00000100/ ...: models, optimizers and random states as accelerate saves them
+checkpoints/      step-00000100/ ... (checkpoints.py): models, optimizers and random states as accelerate saves them
 model/            the trained model and tokenizer, for from_pretrained
 summary.json  <curve>.png  tensorboard/
 
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlkern.trainers import tutorial
 from rlkern.trainers.arguments import parse
+from rlkern.trainers.checkpoints import Checkpoints, Interruption
 from rlkern.trainers.directories import check_apart, give_back, run_directory, store_settings, stored_settings, write_json
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import RunArguments
@@ -56,45 +56,6 @@ def passes(count: int, size: int | None, most: int) -> list[slice]:
     """
     parts = 1 if size is None else -(-most // size)
     return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-
-
-class Checkpoints:
-    """``step-<n>`` directories; each appears whole or not at all, since it is written under another name and then renamed."""
-
-    def __init__(self, directory: Path, accelerator: Accelerator, keep: int):
-        self.directory, self.accelerator, self.keep = directory, accelerator, keep
-
-    def _complete(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"))
-
-    def save(self, step: int) -> None:
-        """Save all that was prepared with the accelerator, as the state after ``step`` steps, and delete all but the latest ``keep``."""
-        part = self.directory / "part"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb+") as handle:
-                        os.fsync(handle.fileno())  # the name must not reach the disk before the contents
-            part.rename(self.directory / f"step-{step:08d}")
-            for old in self._complete()[: -self.keep]:
-                shutil.rmtree(old)
-
-    def load(self) -> int:
-        """Load the latest checkpoint, if there is one; the number of steps it has behind it."""
-        complete = self._complete()
-        if not complete:
-            return 0
-        sharded = any(complete[-1].glob("pytorch_model_fsdp*"))
-        if sharded != self.accelerator.is_fsdp2:
-            was, now = ("with FSDP", "without") if sharded else ("without FSDP", "with it")
-            raise InputError(f"{complete[-1]} was written {was}, and cannot be resumed {now}", field="resume")
-        self.accelerator.load_state(str(complete[-1]))
-        return int(complete[-1].name.removeprefix("step-"))
 
 
 class Metrics:
@@ -330,21 +291,27 @@ def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
         metrics.log(0, run.evaluate(f"held out, before {run.title}"), {})
 
     every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log file is not to fill with bars
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.title, mininterval=every, disable=not main)
-    for step in bar:
-        clock = time.perf_counter()
-        numbers = run.step(step)
-        timings = {"seconds_per_step": time.perf_counter() - clock}
-        bar.set_postfix({name: f"{numbers[name]:.3f}" for name in run.shown if name in numbers}, refresh=False)
-        finite = all(math.isfinite(value) for name, value in numbers.items() if name.endswith("grad_norm"))
-        if not finite and args.mixed_precision != "fp16":  # fp16 skips such a step and lowers its loss scale
-            raise InputError(f"step {step + 1}: the gradient is not finite; a lower learning rate or another precision may help")
-        done = step + 1
-        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
-            numbers |= run.evaluate(f"held out, after {done} steps")
-        metrics.log(done, numbers, timings)
-        if args.save_every and (done == args.steps or done % args.save_every == 0):
-            checkpoints.save(done)
+    with Interruption(run.accelerator) as interruption:
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.title, mininterval=every, disable=not main)
+        for step in bar:
+            clock = time.perf_counter()
+            numbers = run.step(step)
+            timings = {"seconds_per_step": time.perf_counter() - clock}
+            bar.set_postfix({name: f"{numbers[name]:.3f}" for name in run.shown if name in numbers}, refresh=False)
+            finite = all(math.isfinite(value) for name, value in numbers.items() if name.endswith("grad_norm"))
+            if not finite and args.mixed_precision != "fp16":  # fp16 skips such a step and lowers its loss scale
+                raise InputError(f"step {step + 1}: the gradient is not finite; a lower learning rate or another precision may help")
+            done = step + 1
+            if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+                numbers |= run.evaluate(f"held out, after {done} steps")
+            metrics.log(done, numbers, timings)
+            interrupted = interruption.came()
+            if (args.save_every and (done == args.steps or done % args.save_every == 0)) or interrupted:
+                checkpoints.save(done)
+            if interrupted and done < args.steps:
+                if main:
+                    tqdm.write(f"interrupted after step {done}, of which there is a checkpoint: --resume --output-dir {run.directory} goes on")
+                raise KeyboardInterrupt
     metrics.close()
     run.save()
     return run.finish(metrics.rows, time.perf_counter() - started) if main else {}

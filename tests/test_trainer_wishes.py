@@ -1,0 +1,118 @@
+"""What users of the trainers ask for: checkpoints at Ctrl-C and after damage, ends that are no special tokens."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from rlkern.trainers import grpo, ppo, reward, rollout, tutorial
+from rlkern.trainers.errors import InputError
+from rlkern.trainers.runs import read_metrics
+
+from .runs import assert_same_run, fresh_accelerate, sampling_settings, save_files  # noqa: F401
+
+KINDS = {
+    "grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO),
+    "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO),
+    "reward": (reward.RewardArguments, reward.train, reward.RewardRun),
+}
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    save_files(tmp_path, "def sevens(completions, **fields):\n    return [float(c.count('7')) for c in completions]\n")
+    pairs = [{"prompt": tutorial.question(a, 3), "chosen": str(a + 3), "rejected": "0"} for a in range(7)]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return tmp_path
+
+
+def settings(kind: str, files: Path, output: Path, **changes):
+    given = sampling_settings(files, output) | {"steps": 3, "epochs": 1, "minibatches": 1, "save_every": 1}
+    if kind == "reward":
+        names = ("model", "output_dir", "eval_fraction", "steps", "prompts_per_step", "learning_rate", "cpu", "save_every")
+        given = {name: given[name] for name in names} | {"data": str(files / "prefs.jsonl")}
+    return KINDS[kind][0](**given | changes)
+
+
+def run(kind: str, files: Path, output: Path, **changes):
+    return KINDS[kind][1](settings(kind, files, output, **changes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(kind, files, capsys):
+    whole, damaged = files / "whole", files / "damaged"
+    run(kind, files, whole)
+    run(kind, files, damaged)
+    file = damaged / "checkpoints" / "step-00000003" / "optimizer.bin"
+    os.truncate(file, file.stat().st_size // 2)
+    run(kind, files, damaged, resume=True)
+    assert "step-00000003 cannot be loaded" in (said := capsys.readouterr().out)
+    assert "resumed after step 2" in said
+    assert_same_run(whole, damaged)
+    assert sorted(path.name for path in (damaged / "checkpoints").iterdir()) == ["damaged-00000003", "step-00000002", "step-00000003"]
+    for path in (damaged / "checkpoints").glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="step-00000003 cannot be loaded, nor one before it: ") as raised:
+        run(kind, files, damaged, resume=True)
+    assert raised.value.field == "resume"
+    assert (damaged / "checkpoints" / "step-00000003").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_keeps_the_step(kind, files, monkeypatch):
+    whole, broken = files / "whole", files / "broken"
+    run(kind, files, whole, save_every=0)
+    trainer = KINDS[kind][2]
+    step = trainer.step
+
+    def interrupted(self, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(kind, files, broken, save_every=0)
+    monkeypatch.undo()
+    assert [row["step"] for row in read_metrics(broken / "metrics.jsonl")] == [0, 1, 2]
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(kind, files, broken, save_every=0, resume=True)
+    assert_same_run(whole, broken)
+
+
+def test_the_second_ctrl_c_ends_the_run_at_once(files, monkeypatch):
+    def interrupted(self, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step goes on")
+
+    monkeypatch.setattr(grpo.GRPO, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("grpo", files, files / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_ends_that_are_no_special_tokens_are_no_text(kind, files):
+    path = files / "model" / "generation_config.json"
+    seven = tutorial.build_tokenizer().convert_tokens_to_ids("7")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [seven]}))
+    trained = KINDS[kind][2](settings(kind, files, files / "run"))
+    batch, texts = trained.rollout(0)[1:]
+    ended = 0
+    for ids, mask, text in zip(batch.ids[:, -batch.mask.shape[1] :], batch.mask, texts, strict=True):
+        written = ids[mask.bool()].tolist()
+        ended += written[-1] == seven
+        assert text == trained.sample.tokenizer.decode([token for token in written if token not in trained.sample.ends], skip_special_tokens=True)
+    assert ended  # a model that knows nothing comes to it
+
+
+def test_prompts_are_tokenised_once(files, monkeypatch):
+    calls = []
+    original = rollout.prompt_tokens
+    monkeypatch.setattr(rollout, "prompt_tokens", lambda tokenizer, prompt, place: calls.append(place) or original(tokenizer, prompt, place))
+    run("grpo", files, files / "run")
+    assert sorted(calls) == [f"{files}/data.jsonl:{line}" for line in range(1, 7)]
