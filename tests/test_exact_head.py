@@ -6,12 +6,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern as rk
+from rlkern import reference
 from rlkern.ops import linear
 
 from .judge import assert_accurate, error
 
 N, V, H = 24, 500, 64
 HALF = [torch.bfloat16, torch.float16]
+CONFIG = rk.PolicyLossConfig.ppo(entropy_coef=0.1, clip_low=0.5, clip_high=0.5)
 
 
 class Problem:
@@ -44,7 +46,6 @@ class Problem:
         return [lp], (lp * self.up[0]).sum()
 
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor, **options) -> tuple[list[Tensor], Tensor]:
-        config = rk.PolicyLossConfig.ppo(entropy_coef=0.1, clip_low=0.5, clip_high=0.5)
         out = rk.fused_linear_policy_loss(
             hidden,
             weight,
@@ -52,7 +53,7 @@ class Problem:
             self.old.to(torch.promote_types(hidden.dtype, torch.float32)),
             self.advantages,
             bias=bias,
-            config=config,
+            config=CONFIG,
             **options,
         )
         return [out.logprobs, out.entropy], out.loss
@@ -65,6 +66,26 @@ class Problem:
         ref = [t.to(hidden.dtype) for t in self.ref]
         found = rk.linear_generalized_jsd(hidden, weight, *ref[:2], bias=bias, ref_bias=ref[2], **options)
         return [found], (found * self.up[0]).sum()
+
+    def exact(self, function: str, *, frozen: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Values and gradients by the reference, of the same numbers in float64."""
+        leaves = self.leaves(torch.float64, frozen=frozen)
+        logits = leaves[0] @ leaves[1].t() + leaves[2]
+        lp, entropy = reference.token_logprobs(logits, self.ids, with_entropy=True)
+        values = [lp, entropy]
+        if function == "logprobs":
+            loss = (lp * self.up[0] + entropy * self.up[1]).sum()
+        elif function == "logprobs_alone":
+            values, loss = [lp], (lp * self.up[0]).sum()
+        elif function == "loss":
+            loss = reference.policy_loss(lp, self.old.double(), self.advantages.double(), entropy=entropy, config=CONFIG)[0]
+        elif function == "own_loss":
+            loss = (-lp - 0.1 * entropy).mean()
+        else:
+            hidden, weight, bias = (t.double() for t in self.ref)
+            values = [reference.generalized_jsd(logits, hidden @ weight.t() + bias)]
+            loss = (values[0] * self.up[0]).sum()
+        return [v.detach() for v in values], list(torch.autograd.grad(loss, [t for t in leaves if t.requires_grad]))
 
 
 MODES = {
@@ -85,7 +106,7 @@ def test_defaults_are_exact(name, dtype, backend, device):
     function, options, frozen = MODES[name]
     p = Problem(dtype, device)
     options = {**options, "chunk_bytes": 7 * 6 * V}
-    exact, exact_grads = p.run(getattr(p, function), p.leaves(torch.float64, frozen=frozen), **options, backend="torch")
+    exact, exact_grads = p.exact(function, frozen=frozen)
     mine, grads = p.run(getattr(p, function), p.leaves(frozen=frozen), **options, backend=backend)
     assert_accurate(mine[0], exact[0], eps=1e-5)
     for x, y in zip(mine[1:], exact[1:], strict=True):
@@ -123,8 +144,10 @@ def test_mixed_operands(backend, device):
     p = Problem(torch.bfloat16, device)
     for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
         hidden, weight = (t.to(dtype) for t, dtype in zip(p.given[:2], dtypes, strict=True))
-        exact = rk.linear_token_logprobs(hidden.double(), weight.double(), p.ids, backend="torch")
-        assert_accurate(rk.linear_token_logprobs(hidden, weight, p.ids, backend=backend), exact, eps=1e-5)
+        for bias in (None, p.given[2], p.given[2].float()):
+            logits = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
+            exact = reference.token_logprobs(logits, p.ids)
+            assert_accurate(rk.linear_token_logprobs(hidden, weight, p.ids, bias=bias, backend=backend), exact, eps=1e-5)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
