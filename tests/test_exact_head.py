@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,6 +11,7 @@ from rlkern import reference
 from rlkern.ops import linear
 
 from .judge import assert_accurate, error
+from .ranks import on_ranks
 
 N, V, H = 24, 500, 64
 HALF = [torch.bfloat16, torch.float16]
@@ -148,6 +150,28 @@ def test_mixed_operands(backend, device):
             logits = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
             exact = reference.token_logprobs(logits, p.ids)
             assert_accurate(rk.linear_token_logprobs(hidden, weight, p.ids, bias=bias, backend=backend), exact, eps=1e-5)
+
+
+def divided(rank: int, world: int) -> list[list[Tensor]]:
+    """What a rank with its part of the head finds, and the exact answer."""
+    torch.manual_seed(0)
+    p = Problem(torch.bfloat16, torch.device("cpu"))
+    hidden, weight, bias = p.leaves()
+    part = [x.detach().chunk(world)[rank].clone().requires_grad_() for x in (weight, bias)]
+    values, loss = p.logprobs(hidden, part[0], part[1], process_group=dist.group.WORLD, chunk_bytes=7 * 6 * V // world)
+    exact, gradients = p.exact("logprobs", frozen=False)
+    share = [gradients[0], *(x.chunk(world)[rank] for x in gradients[1:])]
+    return [[v.detach() for v in values], exact, list(torch.autograd.grad(loss, [hidden, *part])), share]
+
+
+def test_a_divided_head_is_exact_by_default():
+    for values, exact, gradients, share in on_ranks(2, divided):
+        assert_accurate(values[0], exact[0], eps=1e-5)
+        assert_accurate(values[1], exact[1], eps=1e-4)
+        # The ranks' terms of d hidden are rounded, and then their sum.
+        for k, x, y in zip((4, 2, 2), gradients, share, strict=True):
+            assert x.dtype == torch.bfloat16
+            assert_accurate(x, y, y.bfloat16(), k=k, eps=0.0)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------------------------
