@@ -1,5 +1,6 @@
 """The examples in the documentation run as they stand, those of one page after each other."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,21 @@ def run_examples(page: Path) -> dict[str, Any]:
         line = page.read_text()[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
     return namespace
+
+
+def test_the_formulas_are_computed_alike_in_both_languages():
+    """The two pages differ in their prose and comments only."""
+
+    def code(page: str) -> list[str]:
+        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+        return [ast.dump(ast.parse(block)) for block in blocks]
+
+    def formulas(page: str) -> int:
+        return len(re.findall(r"^\$\$.*\$\$$", (ROOT / "docs" / page).read_text(), re.M))
+
+    assert len(code("formulas.md")) >= 9
+    assert code("formulas.md") == code("formulas.zh.md")
+    assert formulas("formulas.md") == formulas("formulas.zh.md") >= 9
 
 
 def call_distributed_examples(rank: int, world: int) -> None:
