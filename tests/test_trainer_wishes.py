@@ -1,17 +1,19 @@
 """What users of the trainers ask for: checkpoints at Ctrl-C and after damage, ends that are no special tokens."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlkern.trainers import grpo, ppo, reward, rollout, tutorial
 from rlkern.trainers.errors import InputError
-from rlkern.trainers.runs import read_metrics
+from rlkern.trainers.runs import Checkpoints, read_metrics
 
-from .runs import assert_same_run, fresh_accelerate, sampling_settings, save_files  # noqa: F401
+from .runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_files  # noqa: F401
 
 KINDS = {
     "grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO),
@@ -116,3 +118,51 @@ def test_prompts_are_tokenised_once(files, monkeypatch):
     monkeypatch.setattr(rollout, "prompt_tokens", lambda tokenizer, prompt, place: calls.append(place) or original(tokenizer, prompt, place))
     run("grpo", files, files / "run")
     assert sorted(calls) == [f"{files}/data.jsonl:{line}" for line in range(1, 7)]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_completions_are_written_down_and_a_resumed_run_writes_the_same(kind, files, monkeypatch):
+    whole, broken = files / "whole", files / "broken"
+    run(kind, files, whole, save_completions=True)
+    lines = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 16 + [2] * 16 + [3] * 16
+    assert all(
+        line["reward"] == line["completion"].count("7") and set(line) == {"step", "prompt", "completion", "reward", "truncated"} for line in lines
+    )
+    for row in read_metrics(whole / "metrics.jsonl")[1:]:
+        of_step = [line for line in lines if line["step"] == row["step"]]
+        assert row["truncated"] == pytest.approx(sum(line["truncated"] for line in of_step) / 16)
+        assert row["reward"] == pytest.approx(sum(line["reward"] for line in of_step) / 16)
+    die_at(monkeypatch, Checkpoints, "save", 2)
+    with pytest.raises(Killed):
+        run(kind, files, broken, save_completions=True)
+    monkeypatch.undo()
+    run(kind, files, broken, save_completions=True, resume=True)
+    assert (whole / "completions.jsonl").read_bytes() == (broken / "completions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo", "dr_grpo"])
+def test_completions_that_were_cut_off_are_left_out_of_the_loss(loss, files, monkeypatch):
+    seen = []
+    original = grpo.rk.fused_linear_policy_loss
+    monkeypatch.setattr(grpo.rk, "fused_linear_policy_loss", lambda **inputs: seen.append(inputs) or original(**inputs))
+    trained = grpo.GRPO(settings("grpo", files, files / "run", mask_truncated=True, loss=loss, micro_batch_size=1, max_new_tokens=12))
+    numbers = trained.step(0)
+    assert 0 < numbers["truncated"] < 1
+    left = [inputs for inputs in seen if inputs["mask"].sum() > 0]
+    assert len(left) == round((1 - numbers["truncated"]) * len(seen))
+    assert all(torch.isin(inputs["ids"], torch.tensor(trained.sample.ends)).any() for inputs in left)
+    count = sum(int(inputs["mask"].sum()) for inputs in left) if loss == "dapo" else len(left)
+    assert all(inputs["normalizer"] == count for inputs in seen)
+    assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_a_step_in_which_all_are_cut_off_moves_nothing(files, monkeypatch):
+    trained = grpo.GRPO(settings("grpo", files, files / "run", mask_truncated=True))
+    monkeypatch.setattr(trained.sample, "ended", lambda batch: torch.zeros(len(batch.ids), dtype=torch.bool))
+    before = [weight.clone() for weight in trained.model.parameters()]
+    numbers = trained.step(0)
+    assert numbers["truncated"] == 1
+    assert numbers["grad_norm"] == 0
+    assert all(map(torch.equal, before, trained.model.parameters()))
+    assert all(math.isfinite(value) for value in numbers.values())

@@ -49,6 +49,9 @@ class GRPOArguments(PolicyArguments):
     kl_estimator: str = option("k3", "estimator of the KL divergence in the loss", choices=("k1", "abs", "k2", "k3", "k1+", "k3+"))
     advantage_baseline: str = option("mean", "what is subtracted from a reward", choices=("mean", "leave-one-out", "length-weighted"))
     advantage_scale: str = option("group", "whose standard deviation divides it", choices=("group", "batch", "none"))
+    mask_truncated: bool = option(
+        False, "leave completions that max_new_tokens cut off out of the loss; their rewards count in their groups all the same"
+    )
     # Process supervision
     process_reward: str | None = option(None, "module:function or file.py:function that scores every step; advantages then come from these alone")
     step_separator: str = option("\n", "what ends a step of a completion")
@@ -134,10 +137,11 @@ class GRPO(PolicyRun):
 
         # 1. Sample a group of completions for each prompt; every process takes its share of the prompts.
         rows, batch, texts = self.rollout(step)
-        lengths = batch.mask.sum(1)
+        lengths, ended = batch.mask.sum(1), self.sample.ended(batch)
 
         # 2. Score them. The advantage of a completion is how much better it is than its group.
         rewards, each = self.total_rewards(self.rewards, rows, texts)
+        self.record(step, rows, texts, rewards, ended)
         advantages = rk.group_advantages(
             rewards,
             group_size=args.samples_per_prompt,
@@ -158,14 +162,16 @@ class GRPO(PolicyRun):
         ref = self.frozen_logprobs(self.reference, batch) if self.reference is not None else None
 
         # 4. A few clipped gradient steps on the batch.
+        learned = batch._replace(mask=batch.mask * ended[:, None]) if args.mask_truncated else batch
+        tokens = learned.mask.sum(1)
         losses, norms, sums = [], [], []
         for _ in range(args.epochs):
             for parts in self.minibatches(len(rows)):
-                normalizer = self.normalizer(lengths[torch.cat(parts)], config.aggregation)
+                normalizer = self.normalizer(tokens[torch.cat(parts)], config.aggregation)
                 for part in parts:
                     with nullcontext() if part is parts[-1] else accelerator.no_sync(self.policy):
                         out = rk.fused_linear_policy_loss(
-                            **self.scored(self.policy, batch.rows(part)),
+                            **self.scored(self.policy, learned.rows(part)),
                             old_logprobs=None if old is None else old[part],
                             advantages=advantages[part],
                             ref_logprobs=None if ref is None else ref[part],
@@ -174,17 +180,18 @@ class GRPO(PolicyRun):
                             config=config,
                         )
                         accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
-                    self.watch_ratio(out.logprobs, None if old is None else old[part], batch.mask[part])
+                    self.watch_ratio(out.logprobs, None if old is None else old[part], learned.mask[part])
                     losses.append(out.loss.detach())
-                    sums.append(torch.stack([out.metrics[name] for name in METRICS]) * lengths[part].sum())
+                    sums.append(torch.stack([out.metrics[name] for name in METRICS]) * tokens[part].sum())
                 norms += self.descend((self.policy, self.optimizer))
 
         # 5. Report.
         spread = rewards.view(-1, args.samples_per_prompt).std(1)
         own |= {"reward_std": spread.mean(), "equal_groups": (spread == 0).float().mean(), "completion_tokens": lengths.float().mean()}
-        totals = accelerator.reduce(torch.cat([torch.stack(sums).sum(0), torch.stack([torch.stack(losses).sum(), lengths.sum()])]), "sum").tolist()
+        own["truncated"] = (~ended).float().mean()
+        totals = accelerator.reduce(torch.cat([torch.stack(sums).sum(0), torch.stack([torch.stack(losses).sum(), tokens.sum()])]), "sum").tolist()
         numbers = self.means(own, self.weight) | ({} if self.process_reward is None else {"process_reward": mean})
-        numbers |= {name: total / (totals[-1] * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
+        numbers |= {name: total / (max(1, totals[-1]) * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]
         numbers |= mismatch | self.first_ratio(step)

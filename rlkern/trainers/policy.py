@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from rlkern.trainers.errors import InputError
 from rlkern.trainers.loading import load_model, load_tokenizer
 from rlkern.trainers.rewards import Reward, load_rewards, total
 from rlkern.trainers.rollout import Completions, Sampler
-from rlkern.trainers.runs import Run, passes, plot_curve, seed_all
+from rlkern.trainers.runs import Run, passes, plot_curve, read_metrics, seed_all
 from rlkern.trainers.settings import PolicyArguments
 from rlkern.trainers.sharding import Shell, reshard, shard_frozen, whole_weights
 
@@ -73,6 +75,7 @@ class PolicyRun(Run):
         self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
         self.sample.start(longest)
         self.ratio_deviation: torch.Tensor | None = None  # see watch_ratio
+        self.recorded = False  # see record
 
     def rollout(self, step: int) -> tuple[list[Row], Completions, list[str]]:
         """This process's share of the prompts of a step, ``samples_per_prompt`` rows each, and a completion of every row."""
@@ -164,8 +167,8 @@ class PolicyRun(Run):
 
     def normalizer(self, lengths: Tensor, aggregation: str) -> Tensor:
         """What the losses of a minibatch are divided by: its tokens or completions, in all processes; splitting it then changes nothing."""
-        count = lengths.sum() if aggregation == "token-mean" else torch.tensor(len(lengths), device=self.device)
-        return self.accelerator.reduce(count, "sum")
+        count = lengths.sum() if aggregation == "token-mean" else (lengths > 0).sum()  # one without tokens is left out of the loss
+        return self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def means(self, own: dict[str, Tensor], weight: float | Tensor) -> dict[str, float]:
         """The means over all processes of their ``own`` numbers, by the ``weight`` of each process."""
@@ -182,6 +185,21 @@ class PolicyRun(Run):
         """The weighted sum of the rewards of each completion, [N], and the mean of each reward where there are several."""
         sums, means = total(rewards, rows, texts)
         return torch.tensor(sums, device=self.device), means
+
+    def record(self, step: int, rows: Sequence[Row], texts: Sequence[str], rewards: Tensor, ended: Tensor) -> None:
+        """Write down the completions of step ``step`` (from 0), if wanted; in a run that is resumed, in place of what came later."""
+        if not self.args.save_completions:
+            return
+        each = zip(rows, texts, rewards.tolist(), ended.tolist(), strict=True)
+        lines = [{"step": step + 1, "prompt": row.prompt, "completion": text, "reward": r, "truncated": not e} for row, text, r, e in each]
+        lines = gather_object(lines)
+        if self.accelerator.is_main_process:
+            path = self.directory / "completions.jsonl"
+            if not self.recorded:
+                lines = [line for line in read_metrics(path) if line["step"] <= step] + lines
+            with open(path, "a" if self.recorded else "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            self.recorded = True
 
     def evaluate(self, title: str) -> dict[str, float]:
         if not self.held_out:

@@ -218,7 +218,8 @@ class PPO(PolicyRun):
         # 1. Sample completions and score them; every process takes its share of the prompts.
         rows, batch, texts = self.rollout(step)
         rewards, each = self.total_rewards(self.rewards, rows, texts)
-        lengths = batch.mask.sum(1)
+        lengths, ended = batch.mask.sum(1), self.sample.ended(batch)
+        self.record(step, rows, texts, rewards, ended)
 
         # 2. Compare each token with what the critic expected.
         experience, kl = self.experience(batch, rewards)
@@ -245,8 +246,7 @@ class PPO(PolicyRun):
                     norms[name].append(norm)
 
         # 4. Report.
-        truncated = (~self.sample.ended(batch)).float().mean()
-        own = {"reward": rewards.mean(), "completion_tokens": lengths.float().mean(), "truncated": truncated}
+        own = {"reward": rewards.mean(), "completion_tokens": lengths.float().mean(), "truncated": (~ended).float().mean()}
         own |= {name: rewards.new_tensor(mean) for name, mean in each.items()}
         numbers = self.means(own, self.weight) | {"reward_std": self.moments(rewards, torch.ones_like(rewards))[1] ** 0.5}
         numbers["return"], spread = self.moments(experience.returns, batch.mask)

@@ -115,6 +115,7 @@ class PolicyArguments(RunArguments):
     minibatches: int = option(1, "optimiser steps a pass")
     # Evaluation
     eval_samples: int = option(1, "completions for each held-out prompt, sampled as in training")
+    save_completions: bool = option(False, "write every completion of training with its reward to completions.jsonl")
     success_reward: float = option(1.0, "a held-out completion with at least this reward counts as right in the accuracy")
 
     def __post_init__(self) -> None:
