@@ -1,4 +1,4 @@
-"""TRL: ``enable(trainer)`` lets a GRPOTrainer or RLOOTrainer score and train from hidden states; and its functions of logits by other means.
+"""TRL: ``enable(trainer)`` lets a GRPOTrainer or RLOOTrainer score and train from hidden states; ``patch()`` is for all its trainers.
 
 TRL's own ``_compute_loss`` goes on to give the value of the loss and every metric. What changes is where log-probs, entropies and gradients come
 from:
@@ -23,8 +23,29 @@ from torch import Tensor
 import rlkern as rk
 
 from .transformers import head_of, unwrap
+from .trl_patch import (
+    VERSIONS,
+    Patched,
+    entropy_from_logits,
+    patch,
+    precision_of,
+    require_trl,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)
 
-VERSIONS = ("1.15", "1.16")  # the trainers whose models have a fused head, as these releases have it
+__all__ = [
+    "VERSIONS",
+    "Enabled",
+    "Patched",
+    "enable",
+    "entropy_from_logits",
+    "patch",
+    "policy_loss_config",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+]
+
 _LOSSES = {
     "grpo": ("clip", "seq-mean-token-mean"),
     "bnpo": ("clip", "token-mean"),
@@ -36,31 +57,6 @@ _LOSSES = {
     "vespo": ("vespo", "token-mean"),
 }
 _LEVELS = ("token", "sequence")
-
-
-def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
-    """``trl.trainer.utils.selective_log_softmax``: log-probs of ``index``, shape ``S`` or ``S + [K]``, under ``logits / temperature``, ``S + [V]``.
-
-    float32 (float64 for float64 logits) where TRL gives the dtype of the logits: its bfloat16 log-probs are off by a few hundredths.
-    """
-    if index.dim() == logits.dim():
-        columns = [selective_log_softmax(logits, index[..., k], temperature) for k in range(index.shape[-1])]
-        gathered = torch.stack(columns, -1)
-        return gathered if row_mask is None else torch.where(row_mask != 0, gathered, 0.0)
-    return rk.token_logprobs(logits, index, mask=row_mask, temperature=temperature)
-
-
-def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """``trl.trainer.utils.entropy_from_logits``: entropy in nats of each row, float32 (float64 for float64). ``chunk_size`` has no use here."""
-    return rk.token_logprobs(logits, torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device), with_entropy=True)[1]
-
-
-def selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``trl.trainer.utils.selective_log_softmax_and_entropy``, in one pass over the logits."""
-    logprobs, entropy = rk.token_logprobs(logits, index, mask=row_mask, temperature=temperature, with_entropy=True)
-    return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
 def policy_loss_config(args: Any) -> rk.PolicyLossConfig:
@@ -175,10 +171,7 @@ class Enabled:
             labels, objective = options.pop("labels"), options.pop("rlkern_objective", None)
             body = model.base_model(*inputs, **options, use_cache=False)
             hidden, ids, head = body.last_hidden_state[:, :-1], labels[:, 1:], head_of(model)
-            device = hidden.device.type
-            precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-            if getattr(args, "cast_lm_head_to_fp32", False):
-                precision = torch.float32
+            precision = torch.float32 if getattr(args, "cast_lm_head_to_fp32", False) else precision_of(hidden)
             weight, bias = (None if x is None else rk.gather_parameter(x.to(precision)) for x in (head.weight, head.bias))
             scored = {**head._asdict(), "weight": weight, "bias": bias, "temperature": args.temperature}
             hidden = hidden.to(precision)
@@ -259,14 +252,7 @@ def enable(trainer: Any, *, fuse_loss: bool = True) -> Enabled:
         TypeError: another kind of trainer, or one with a log-prob or loss method of its own.
         ValueError: an option that cannot be honoured exactly.
     """
-    try:
-        import trl
-    except ImportError as e:
-        raise ImportError(f"rlkern.integrations.trl needs TRL {' or '.join(VERSIONS)}: pip install 'trl>=1.15,<1.17'") from e
-    if not trl.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
-        raise ImportError(
-            f"rlkern.integrations.trl.enable knows TRL {' and '.join(VERSIONS)}, found {trl.__version__}: pip install 'trl>=1.15,<1.17'"
-        )
+    require_trl("enable")
     from trl import GRPOTrainer, RLOOTrainer
 
     kind = next((kind for kind in (GRPOTrainer, RLOOTrainer) if isinstance(trainer, kind)), None)
