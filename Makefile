@@ -20,7 +20,7 @@ export PIP_USER := 0
 OTHER_ARITHMETIC := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RLKERN_TEST_HEADROOM=1.5
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: help demo pipeline test arithmetic lint bench gpu clean
+.PHONY: help demo pipeline test arithmetic lint docs bench gpu clean
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make arithmetic    the tests under seven settings of the processor's arithmetic (half an hour)"
 	@echo "make lint    style and types only"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make bench   benchmarks against PyTorch, TRL and Liger: 3 minutes on 2 CPU cores; on a GPU where there is one"
 	@echo "make gpu     on a GPU machine, in 6 minutes: every kernel, the headline benchmarks, the memory checker, the tests"
 	@echo "make clean   remove .venv and caches"
@@ -49,6 +50,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(BIN)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --quick
@@ -73,6 +77,10 @@ $(INSTALLED): requirements.txt pyproject.toml setup.py | $(BIN)/python
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(BIN)/mkdocs: requirements-docs.txt $(INSTALLED)
+	@$(PIP) install -r requirements.txt -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

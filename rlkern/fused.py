@@ -351,9 +351,8 @@ def fused_linear_loss(
         loss = sum_i a_i loss_fn(logprobs_i, entropy_i, *per_token_i)      with the weights a of ``aggregation``
 
     Args:
-        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes, rows, compact, keep, process_group,
-            validate, backend: as in
-            :func:`rlkern.linear_token_logprobs`.
+        hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes: as in :func:`rlkern.linear_token_logprobs`.
+        rows, compact, keep, process_group, validate, backend: as there.
         loss_fn: ``loss_fn(logprobs, entropy, *per_token) -> loss``, in PyTorch operations that autograd can differentiate, on a chunk of tokens: the
             first two are ``[n]``, float32 (float64 for float64), the result must be too. The loss of a token may depend on that token only.
         per_token: tensors that begin with the shape ``S``, handed to ``loss_fn`` with these dimensions flattened and cut to the chunk; constants.

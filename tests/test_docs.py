@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import rlkern
+
 from .ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +75,45 @@ def test_distributed_examples_run_when_called():
     on_ranks(1, call_distributed_examples)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+WRITTEN = [page for folder in ("", "docs", "bench", "examples") for page in sorted((ROOT / folder).glob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code, in which brackets and # mean something else."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as GitHub makes them."""
+    headings = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text) for text in re.findall(r"^#{1,6} (.*)$", prose(page), re.M))
+    return {re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-") for text in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    dead = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", prose(page)):
+        goal = page.parent / target if target else page
+        if "://" not in target and not (goal.exists() and (not anchor or anchor in anchors(goal))):
+            dead.append(f"{target}#{anchor}" if anchor else target)
+    return dead
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_lead_somewhere(page):
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `heading`, here\n[a](#a-heading-here) [b](#no) [c](page.md#no-more) [d](gone.md) [e](https://example.org/#x)\n```\n[f](no.md)\n```\n"
+    )
+    assert dead_links(page) == ["#no", "page.md#no-more", "gone.md"]
+
+
+def test_every_page_and_public_name_is_on_the_site():
+    site = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"(\S+\.md)$", site.split("\nnav:")[1].split("\nplugins:")[0], re.M))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+    described = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)}
+    assert {name for name in rlkern.__all__ if not name.startswith("__")} <= described
