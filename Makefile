@@ -20,7 +20,7 @@ export PIP_USER := 0
 OTHER_ARITHMETIC := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RLKERN_TEST_HEADROOM=1.5
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: help demo pipeline test arithmetic lint docs bench gpu clean
+.PHONY: help demo pipeline test arithmetic lint docs hub bench gpu clean
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
@@ -29,6 +29,7 @@ help:
 	@echo "make arithmetic    the tests under seven settings of the processor's arithmetic (half an hour)"
 	@echo "make lint    style and types only"
 	@echo "make docs    the documentation as a site, in site/"
+	@echo "make hub     the functions as a repository for Hugging Face's kernel hub, in dist/hub"
 	@echo "make bench   benchmarks against PyTorch, TRL and Liger: 3 minutes on 2 CPU cores; on a GPU where there is one"
 	@echo "make gpu     on a GPU machine, in 6 minutes: every kernel, the headline benchmarks, the memory checker, the tests"
 	@echo "make clean   remove .venv and caches"
@@ -53,6 +54,9 @@ lint: $(INSTALLED)
 
 docs: $(BIN)/mkdocs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+hub: $(INSTALLED)
+	$(BIN)/python docs/hub.py dist/hub
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --quick
