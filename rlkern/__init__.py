@@ -19,7 +19,7 @@ from .losses import (
 )
 from .surrogates import register_surrogate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KeptTokens",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import rlkern
 from rlkern import _versions
@@ -126,6 +127,12 @@ def test_our_folder_does_not_stand_for_the_published_package():
 def test_least_versions_are_those_of_the_metadata():
     wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
     assert {package: wanted[package] for package in _versions.LEAST} == _versions.LEAST
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rlkern.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_what_is_too_old_is_an_error_that_names_both_versions(monkeypatch):
