@@ -1,6 +1,7 @@
 """The examples in the documentation run as they stand, those of one page after each other."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,19 @@ def test_the_formulas_are_computed_alike_in_both_languages():
     assert len(code("formulas.md")) >= 9
     assert code("formulas.md") == code("formulas.zh.md")
     assert formulas("formulas.md") == formulas("formulas.zh.md") >= 9
+
+
+def test_notebook_runs(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed (it needs Python 3.11)")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "example"}
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "a notebook is committed without outputs"
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+    assert namespace["rewards"][-1] > namespace["rewards"][0] + 0.3
+    assert len(namespace["losses"]) == 3
 
 
 def call_distributed_examples(rank: int, world: int) -> None:
