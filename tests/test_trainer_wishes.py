@@ -30,6 +30,14 @@ def files(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Where the tests were started in the background, Ctrl-C is ignored from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def settings(kind: str, files: Path, output: Path, **changes):
     given = sampling_settings(files, output) | {"steps": 3, "epochs": 1, "minibatches": 1, "save_every": 1}
     if kind == "reward":
