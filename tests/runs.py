@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from rlkern.trainers import tutorial
+from rlkern.trainers import grpo, ppo, reward, tutorial
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,30 @@ def sampling_settings(files: Path, output: Path) -> dict[str, Any]:
         "save_every": 2,
         "cpu": True,
     }
+
+
+TRAINERS = {
+    "grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO),
+    "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO),
+    "reward": (reward.RewardArguments, reward.train, reward.RewardRun),
+}
+
+
+def save_files_of_all(directory: Path) -> Path:
+    """What any of the trainers reads: a model, prompts, rewards and preferences."""
+    save_files(directory, "def sevens(completions, **fields):\n    return [float(c.count('7')) for c in completions]\n")
+    pairs = [{"prompt": tutorial.question(a, 3), "chosen": str(a + 3), "rejected": "0"} for a in range(7)]
+    (directory / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return directory
+
+
+def short_settings(kind: str, files: Path, output: Path, **changes: Any) -> Any:
+    """The arguments of a short run of any trainer on :func:`save_files_of_all`."""
+    given = sampling_settings(files, output) | {"steps": 1, "epochs": 1, "minibatches": 1}
+    if kind == "reward":
+        names = ("model", "output_dir", "eval_fraction", "steps", "prompts_per_step", "learning_rate", "cpu", "save_every")
+        given = {name: given[name] for name in names} | {"data": str(files / "prefs.jsonl")}
+    return TRAINERS[kind][0](**given | changes)
 
 
 class Killed(BaseException):

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlkern.trainers import directories, grpo, ppo, reward, tutorial
+from rlkern.trainers import directories, grpo
 from rlkern.trainers.arguments import parse
 from rlkern.trainers.data import batch_at, read_jsonl
 from rlkern.trainers.errors import InputError
@@ -33,30 +33,18 @@ from rlkern.trainers.rewards import Reward, load_rewards, total
 from rlkern.trainers.rollout import prompt_tokens
 from rlkern.trainers.runs import read_metrics
 
-from .runs import fresh_accelerate, sampling_settings, save_files  # noqa: F401
+from .runs import TRAINERS, fresh_accelerate, save_files_of_all, short_settings  # noqa: F401
 
-KINDS = {
-    "grpo": (grpo.GRPOArguments, grpo.train),
-    "ppo": (ppo.PPOArguments, ppo.train),
-    "reward": (reward.RewardArguments, reward.train),
-}
+KINDS = list(TRAINERS)
 
 
 @pytest.fixture
 def files(tmp_path) -> Path:
-    save_files(tmp_path, "def sevens(completions, **fields):\n    return [float(c.count('7')) for c in completions]\n")
-    pairs = [{"prompt": tutorial.question(a, 3), "chosen": str(a + 3), "rejected": "0"} for a in range(7)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return tmp_path
+    return save_files_of_all(tmp_path)
 
 
 def run(kind: str, files: Path, output: Path, **changes):
-    arguments, train = KINDS[kind]
-    settings = sampling_settings(files, output) | {"steps": 1, "epochs": 1, "minibatches": 1}
-    if kind == "reward":
-        settings = {k: settings[k] for k in ("model", "output_dir", "eval_fraction", "steps", "prompts_per_step", "learning_rate", "cpu")}
-        settings["data"] = str(files / "prefs.jsonl")
-    return train(arguments(**settings | changes))
+    return TRAINERS[kind][1](short_settings(kind, files, output, **changes))
 
 
 def spoil_weights(files: Path, change) -> str:

@@ -9,25 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlkern.trainers import grpo, ppo, reward, rollout, tutorial
+from rlkern.trainers import grpo, rollout, tutorial
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.runs import Checkpoints, read_metrics
 
-from .runs import Killed, assert_same_run, die_at, fresh_accelerate, sampling_settings, save_files  # noqa: F401
-
-KINDS = {
-    "grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO),
-    "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO),
-    "reward": (reward.RewardArguments, reward.train, reward.RewardRun),
-}
+from .runs import TRAINERS, Killed, assert_same_run, die_at, fresh_accelerate, save_files_of_all, short_settings  # noqa: F401
 
 
 @pytest.fixture
 def files(tmp_path) -> Path:
-    save_files(tmp_path, "def sevens(completions, **fields):\n    return [float(c.count('7')) for c in completions]\n")
-    pairs = [{"prompt": tutorial.question(a, 3), "chosen": str(a + 3), "rejected": "0"} for a in range(7)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return tmp_path
+    return save_files_of_all(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +30,14 @@ def interruptible():
 
 
 def settings(kind: str, files: Path, output: Path, **changes):
-    given = sampling_settings(files, output) | {"steps": 3, "epochs": 1, "minibatches": 1, "save_every": 1}
-    if kind == "reward":
-        names = ("model", "output_dir", "eval_fraction", "steps", "prompts_per_step", "learning_rate", "cpu", "save_every")
-        given = {name: given[name] for name in names} | {"data": str(files / "prefs.jsonl")}
-    return KINDS[kind][0](**given | changes)
+    return short_settings(kind, files, output, **{"steps": 3, "save_every": 1, **changes})
 
 
 def run(kind: str, files: Path, output: Path, **changes):
-    return KINDS[kind][1](settings(kind, files, output, **changes))
+    return TRAINERS[kind][1](settings(kind, files, output, **changes))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(kind, files, capsys):
     whole, damaged = files / "whole", files / "damaged"
     run(kind, files, whole)
@@ -70,11 +57,11 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(kind, files, capsys):
     assert (damaged / "checkpoints" / "step-00000003").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_ctrl_c_keeps_the_step(kind, files, monkeypatch):
     whole, broken = files / "whole", files / "broken"
     run(kind, files, whole, save_every=0)
-    trainer = KINDS[kind][2]
+    trainer = TRAINERS[kind][2]
     step = trainer.step
 
     def interrupted(self, number):
@@ -110,7 +97,7 @@ def test_ends_that_are_no_special_tokens_are_no_text(kind, files):
     path = files / "model" / "generation_config.json"
     seven = tutorial.build_tokenizer().convert_tokens_to_ids("7")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [seven]}))
-    trained = KINDS[kind][2](settings(kind, files, files / "run"))
+    trained = TRAINERS[kind][2](settings(kind, files, files / "run"))
     batch, texts = trained.rollout(0)[1:]
     ended = 0
     for ids, mask, text in zip(batch.ids[:, -batch.mask.shape[1] :], batch.mask, texts, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def load_scorer(name: str, dtype: torch.dtype, tokenizer: Any, *, field: str = "
     _check_weights(name, field, info, may_be_new=head, may_be_left=LANGUAGE_HEADS if fresh else ())
     for key in fresh:
         torch.nn.init.zeros_(model.get_parameter(key))
-    if fresh and int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
+    if fresh and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         tqdm.write(f"{name}: a new score head, of zeros")
     model.config.get_text_config().pad_token_id = fitting_pad(tokenizer, vocabulary_of(model), tokenizer.eos_token_id or 0)
     return without_dropout(model)
@@ -117,14 +118,14 @@ def _check_files(name: str, field: str) -> None:
             raise InputError(f"{name} lacks {', '.join(absent)}, which {index.name} lists: the download is not complete", field=field)
 
 
-def _check_weights(name: str, field: str, info: dict[str, Any], may_be_new: set[str] = frozenset(), may_be_left: tuple[str, ...] = ()) -> None:  # type: ignore[assignment]
+def _check_weights(name: str, field: str, info: dict[str, Any], may_be_new: Collection[str] = (), may_be_left: tuple[str, ...] = ()) -> None:
     """InputError where the files lack weights, have some of other shapes, or some that the model does not know."""
 
     def some(keys: list[str]) -> str:
         return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
-    missing = sorted(set(info["missing_keys"]) - may_be_new)
-    unknown = sorted(key for key in info["unexpected_keys"] if not key.startswith(may_be_left or ("\0",)))
+    missing = sorted(set(info["missing_keys"]) - set(may_be_new))
+    unknown = sorted(key for key in info["unexpected_keys"] if not key.startswith(may_be_left))
     if mismatched := sorted(info["mismatched_keys"], key=str):
         first = mismatched[0]
         what = f"{first[0]} is {list(first[1])}, expected {list(first[2])}" if isinstance(first, (tuple, list)) else str(first)

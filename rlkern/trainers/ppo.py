@@ -149,12 +149,13 @@ class PPO(PolicyRun):
 
     def check_critic(self, model: Any, name: str) -> None:
         """InputError where a critic of its own cannot read what the policy reads: it gets the same token ids, at the same positions."""
-        if vocabulary_of(model) < vocabulary_of(self.model) and vocabulary_of(model) < len(self.sample.tokenizer):
-            raise InputError(f"{name} knows {vocabulary_of(model)} tokens, the policy's tokenizer has {len(self.sample.tokenizer)}", field="critic")
+        known = vocabulary_of(model)
+        if known < min(self.sample.vocabulary, len(self.sample.tokenizer)):
+            raise InputError(f"{name} knows {known} tokens, the policy's tokenizer has {len(self.sample.tokenizer)}", field="critic")
         if Path(name).is_dir() and any(Path(name).glob("*token*")):
             other = load_tokenizer(name, field="critic").get_vocab()
             mine = self.sample.tokenizer.get_vocab()
-            if different := [token for token, i in mine.items() if i < vocabulary_of(self.model) and other.get(token) != i]:
+            if different := [token for token, i in mine.items() if i < self.sample.vocabulary and other.get(token) != i]:
                 raise InputError(f"{name} has another tokenizer than the policy: of {different[0]!r}, for one", field="critic")
         longest, needed = positions_of(model), self.sample.sampling.max_length
         if longest is not None and needed > longest:
