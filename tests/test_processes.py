@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm import tqdm
 
-from rlkern.trainers import grpo, ppo, reward, tutorial
+from rlkern.trainers import tutorial
 from rlkern.trainers.data import batch_at
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.policy import PolicyRun
@@ -26,15 +26,13 @@ from rlkern.trainers.runs import Checkpoints, Run, read_metrics, seed_all
 from rlkern.trainers.sharding import Shell, shards_models
 
 from .ranks import CONTEXT
-from .runs import fresh_accelerate, save_tiny_model  # noqa: F401
+from .runs import TRAINERS, fresh_accelerate, save_tiny_model  # noqa: F401
 
 REWARDS = """
 def sevens(completions, **fields):
     return [completion.count("7") / 4 for completion in completions]
 """
 CORRECTED = {"engine": "tests.own_engines:Hotter", "rollout_correction": "mask", "correction_level": "sequence", "correction_high": 1.05}
-TRAINERS: dict[str, Any] = {"grpo": (grpo.GRPOArguments, grpo.train, grpo.GRPO), "ppo": (ppo.PPOArguments, ppo.train, ppo.PPO)}
-TRAINERS["reward"] = reward.RewardArguments, reward.train, reward.RewardRun
 SAMPLING = ["grpo", "ppo"]
 
 
