@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import shlex
 import shutil
@@ -34,6 +35,7 @@ DRY_MINUTES = 5.0  # a bound for a busy machine; a quiet one takes 20 seconds
 GROUPS = {"token_logprobs": 0.16, "fused_policy_loss": 0.12, "fused_linear_policy_loss": 0.16, "gae": 0.06, "policy_loss": 0.06}
 TESTS = [f"tests/test_{name}.py" for name in ("logprobs", "policy_loss", "fused", "scan", "divergence", "value_loss")]
 ALL = "headline"  # the groups together
+DRY_LAUNCHES = ("token_logprobs bf16", "policy_loss of tokens", "full_kl bf16", "gae of 16 steps")
 Json = dict[str, Any]
 
 
@@ -45,12 +47,17 @@ class Stage:
     share: float
     parts: Mapping[str, Sequence[str]]
     environment: Mapping[str, str]
+    table: Callable[[Path], str] | None = None  # made of what the parts wrote, into ``<name>.txt``
 
 
 def put(path: Path, result: object) -> None:
+    put_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def put_text(path: Path, text: str) -> None:
     """Whole or not at all, whenever this process is killed."""
     fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(result, indent=1) + "\n")
+    fresh.write_text(text)
     fresh.replace(path)
 
 
@@ -61,7 +68,7 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     workers = 1 if dry else min(16, os.cpu_count() or 1)
     plain = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
     kernels = {f"kernels-{i}": [*this, "--part", f"kernels-{i}", "--slice", f"{i}/{workers}"] for i in range(workers)}
-    found = [Stage("kernels", 0.2, kernels, plain)]
+    found = [Stage("kernels", 0.2, kernels, plain, verdict_table)]
     # A dry run has one process for all groups: most of its time is imports.
     found += [Stage(part, share, {part: [*this, "--part", part]}, plain) for part, share in ({ALL: 0.5} if dry else GROUPS).items()]
     tests = [
@@ -131,6 +138,8 @@ def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> b
         put(out / "summary.json", summary)
         if result := measured(out, command):
             put(out / "gpu.json", result)
+        if stage.table is not None:
+            put_text(out / f"{stage.name}.txt", stage.table(out) + "\n")
         wrong = [f"{part} {what}" for part, what in became.items() if what != "passed"]
         print(f"{stage.name}: {'; '.join(wrong) or 'passed'} ({summary[stage.name]['seconds']} s)", flush=True)
     passed = all(what == "passed" for stage in summary.values() for what in stage["parts"].values())
@@ -164,24 +173,48 @@ def each(calls: Mapping[str, Callable[[], Any]], done: Callable[[str, Any, str],
 
 
 def kernels(out: Path, part: str, piece: str, *, dry: bool) -> bool:
-    """A slice of the calls of ``bench/launches.py``, once each."""
+    """A slice of the calls of ``bench/launches.py``, once each: results and gradients against float64."""
     import torch
 
-    if not dry:
-        torch.set_default_device("cuda")  # before the calls' tensors are made
     from bench import launches
+    from bench.verdict import entry_kernels, judge, kernels_launched
 
     index, of = map(int, piece.split("/"))
     names = list(launches.LAUNCHES)[index::of]
     if dry:
-        launches.VOCABULARY, names = 2048, names[::20]
-    results: dict[str, str] = {}
+        launches.VOCABULARY, names = 2048, list(DRY_LAUNCHES)
+    device = torch.device("cpu" if dry else "cuda")
+    result: Json = {"entry_kernels": sorted(entry_kernels()), "launches": {}}
 
-    def done(name: str, _: Any, failure: str) -> None:
-        results[name] = failure or "passed"
-        put(out / f"{part}.json", results)
+    def judged(name: str) -> Json:
+        with kernels_launched() as launched:
+            findings = judge(launches.LAUNCHES[name], device)
+        found = [{"of": f.of, "error": f.error, "allowed": f.allowed} for f in findings]
+        return {"kernels": sorted(launched), "findings": found, "wrong": [f.of for f in findings if not f.right]}
 
-    return each({name: launches.LAUNCHES[name] for name in names}, done)
+    def done(name: str, found: Json | None, failure: str) -> None:
+        result["launches"][name] = found or {"failure": failure}
+        put(out / f"{part}.json", result)
+
+    well = each({name: partial(judged, name) for name in names}, done)
+    return well and not any(found["wrong"] for found in result["launches"].values())
+
+
+def verdict_table(out: Path) -> str:
+    """Of what the workers of the first stage wrote: a line for each launch, with the result that is nearest to its bound, or beyond it."""
+    results = [json.loads(file.read_text()) for file in sorted(out.glob("kernels-*.json"))]
+    found = {name: x for result in results for name, x in result["launches"].items()}
+    put(out / "kernels.json", found)
+    lines = [f"{'':8}{'launch':50}{'kernels':58}{'nearest to its bound':26}{'error':>10}{'allowed':>10}"]
+    for name, x in sorted(found.items()):
+        if "failure" in x:
+            lines.append(f"{'FAILED':8}{name:50}{x['failure'].splitlines()[0]}")
+        else:
+            worst = max(x["findings"], key=lambda f: f["error"] / f["allowed"] if f["allowed"] else math.inf if f["error"] else 0.0)
+            of, error, allowed = worst["of"], worst["error"], worst["allowed"]
+            lines.append(f"{'WRONG' if x['wrong'] else 'right':8}{name:50}{', '.join(x['kernels']):58}{of:26}{error:10.1e}{allowed:10.1e}")
+    missing = {kernel for result in results for kernel in result["entry_kernels"]} - {k for x in found.values() for k in x.get("kernels", ())}
+    return "\n".join([*lines, f"kernels that did not run: {', '.join(sorted(missing)) or 'none'}"])
 
 
 def contests(group: str, *, dry: bool) -> Iterator[Any]:
@@ -255,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("torch sees no GPU here; --dry needs none")
     out.mkdir(parents=True, exist_ok=True)
     todo = stages(out, dry=options.dry)
-    for name in ("summary", "gpu", *GROUPS, ALL, *(part for stage in todo for part in stage.parts)):
-        (out / f"{name}.json").unlink(missing_ok=True)
-        (out / f"{name}.log").unlink(missing_ok=True)
+    for name in ("summary", "gpu", *GROUPS, ALL, *(name for stage in todo for name in (stage.name, *stage.parts))):
+        for suffix in ("json", "log", "txt"):
+            (out / f"{name}.{suffix}").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the parts, which have groups of their own, go too
     seconds = 60 * (DRY_MINUTES if options.dry else options.minutes)
     return 0 if conduct(todo, out, seconds, shlex.join(["python", "-m", "bench.gpu", *arguments])) else 1

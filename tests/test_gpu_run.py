@@ -85,6 +85,9 @@ def test_the_dry_run_passes_and_can_be_reported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + "".join(f.read_text()[-2000:] for f in tmp_path.glob("*.log"))
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert {c["operation"].split(" ")[0] for c in result["contests"]} >= {"token_logprobs", "gae", "policy_loss"}
+    table = (tmp_path / "kernels.txt").read_text()
+    assert table.count("right") == len(gpu.DRY_LAUNCHES)
+    assert "kernels that did not run" in table
     said = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / "gpu.json")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
 
@@ -94,3 +97,17 @@ def test_without_a_gpu_the_real_run_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "torch sees no GPU" in done.stderr
+
+
+def test_the_table_of_verdicts_says_what_is_wrong_and_what_never_ran(tmp_path: Path) -> None:
+    finding = {"of": "logprob", "error": 2e-6, "allowed": 1e-6}
+    right = {"kernels": ["a_kernel"], "findings": [{**finding, "error": 1e-7}], "wrong": []}
+    entries = ["a_kernel", "b_kernel", "c_kernel"]
+    gpu.put(tmp_path / "kernels-0.json", {"entry_kernels": entries, "launches": {"one": right, "two": {"failure": "RuntimeError: no\nmore"}}})
+    wrong = {"kernels": ["b_kernel"], "findings": [{**finding, "error": 0.0, "allowed": 0.0}, finding], "wrong": ["logprob"]}
+    gpu.put(tmp_path / "kernels-1.json", {"entry_kernels": entries, "launches": {"three": wrong}})
+    _, one, three, two, missing = gpu.verdict_table(tmp_path).splitlines()
+    assert [line.split()[:2] for line in (one, three, two)] == [["right", "one"], ["WRONG", "three"], ["FAILED", "two"]]
+    assert "2.0e-06" in three
+    assert missing == "kernels that did not run: c_kernel"
+    assert set(json.loads((tmp_path / "kernels.json").read_text())) == {"one", "two", "three"}

@@ -1,0 +1,68 @@
+"""Every launch of bench/launches.py is right, here in Triton's interpreter, and is found out where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import launches, verdict
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="python -m bench.gpu judges all of them on a GPU, each at its own size")
+
+# The interpreter takes a second for a hundred steps of a scan; tests/test_scan.py has those, at lengths of its own.
+QUICK = [name for name in launches.LAUNCHES if not any(part in name for part in ("gae", "returns", "vtrace"))]
+SCANS = ["gae whitened"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "VOCABULARY", 1200)  # no multiple of anything
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SCANS])
+def test_launches_are_right(name):
+    findings = verdict.judge(launches.LAUNCHES[name], CPU)
+    assert findings
+    assert [f for f in findings if not f.right] == []
+
+
+def test_the_judged_launches_run_every_entry_kernel(monkeypatch):
+    """So that on a GPU none is used unjudged."""
+    monkeypatch.setattr(launches, "VOCABULARY", 40000)  # more than one segment
+    names = ["token_logprobs bf16", "token_logprobs of kept tokens", "fused_policy_loss bf16", "policy_loss of tokens", "value_loss", "full_kl bf16"]
+    with verdict.kernels_launched() as launched:
+        for name in [*names, *SCANS]:
+            verdict.judge(launches.LAUNCHES[name], CPU)
+    assert launched == verdict.entry_kernels()
+
+
+def _off(name: str, factor: float) -> Iterator[verdict.Finding]:
+    launch = launches.LAUNCHES[name]
+    wrong = dataclasses.replace(launch, ours=lambda **x: {k: factor * r for k, r in launch.ours(**x).items()})
+    return (f for f in verdict.judge(wrong, CPU) if not f.right)
+
+
+def test_a_wrong_launch_is_found_out():
+    """Log-probs of float32 by a hundred-thousandth, 16 bits by a few hundredths, results and gradients."""
+    assert {f.of for f in _off("token_logprobs fp32, entropy", 1.0 + 1e-5)} == {"logprob", "entropy", "d logits"}
+    assert "d logits" in {f.of for f in _off("token_logprobs bf16", 1.05)}
+    assert {"loss", "kl", "d logprobs"} <= {f.of for f in _off("policy_loss of tokens", 1.001)}
+    assert {f.of for f in _off("gae of 16 steps", 1.0 + 1e-4)} == {"advantages", "returns"}
+
+
+def test_nan_is_wrong():
+    assert {f.of for f in _off("value_loss", torch.nan)} >= {"loss", "d values"}
+
+
+def test_inputs_are_the_same_again_and_differ_by_seed():
+    launch = launches.LAUNCHES["policy_loss of packed sequences"]
+    one, same, other = (launch.inputs(launches.Random(seed, CPU)) for seed in (0, 0, 1))
+    assert all(torch.equal(x, same[name]) for name, x in one.items())
+    assert not torch.equal(one["logprobs"], other["logprobs"])
+    assert not one["mask"].all()
