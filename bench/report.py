@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.harness import OURS
-from rlkern.ops.linear import chunk_rows
+from rlkern.ops.products import chunk_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = ROOT / "bench" / "results" / "cpu.json"

@@ -1,12 +1,13 @@
 """rlkern: fused GPU kernels for reinforcement-learning post-training of language models, as plain functions on tensors."""
 
 from . import _versions as _versions
+from ._inputs import KeptTokens
 from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
 from .config import PolicyLossConfig
 from .distributed import VocabShard, gather_parameter
 from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
 from .fused import fused_linear_loss, fused_linear_policy_loss, fused_policy_loss
-from .logprobs import KeptTokens, linear_token_logprobs, token_logprobs
+from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import (
     LossOutput,
     importance_ratio,

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def check_number(name: str, x: Any, *, above: float | None = None, at_least: flo
     return float(x)
 
 
-def check_choice(name: str, x: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, x: Any, choices: Collection[Any]) -> None:
     """Check that ``x`` is one of ``choices``."""
     if x not in choices:
         raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}; got {x!r}")
@@ -62,6 +62,6 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: int, *, like: Tensor, validate: bo
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {ends if len(ends) <= 12 else [*ends[:12], '...']}")
 
 
-def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which ``x`` is computed with and its results are given: float64 for float64, float32 otherwise."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which numbers of ``dtype`` are computed with, and results given: float64 for float64, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,8 +14,9 @@ from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number,
 from .distributed import check_group
 from .losses import kl_penalty
 from .ops import groups, scan
+from .ops.scan import Advantages, Numbers, ScanOptions, Sequences, Steps
+from .ops.sequences import sequence_of_token, to_tokens
 from .ops.shards import concatenated, gathered
-from .reference import sequence_of_token, to_tokens
 
 WHITEN_EPS = 1e-8
 
@@ -79,13 +80,14 @@ def gae(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
     """
-    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
+    steps = Steps(rewards, values, None, None, mask, next_values, terminated, truncated)
+    rest = (gamma, lam, masked, last_values, cu_seqlens, validate, backend)
     if process_group is not None and not whitened:
         raise ValueError("process_group is for whitened=True alone: advantages of ranks are otherwise independent")
     if time_group is not None:
-        advantages, returns = _gae_over_ranks(rewards, values, gamma, lam, *boundaries, validate, backend, time_group)
+        advantages, returns = _gae_over_ranks(steps, *rest, time_group)
         return whiten(advantages, mask, process_group=process_group or time_group) if whitened else advantages, returns
-    advantages, returns, moments = _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_moments=whitened)
+    advantages, returns, moments = _returns(steps, *rest, with_moments=whitened)
     if whitened:
         if process_group is not None:
             dist.all_reduce(moments, group=process_group)
@@ -94,16 +96,11 @@ def gae(
 
 
 def _gae_over_ranks(
-    rewards: Tensor,
-    values: Tensor,
+    steps: Steps,
     gamma: float | Tensor,
     lam: float | Tensor,
-    mask: Tensor | None,
     masked: str,
     last_values: Tensor | None,
-    next_values: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
     cu_seqlens: Tensor | None,
     validate: bool | None,
     backend: str | None,
@@ -115,7 +112,11 @@ def _gae_over_ranks(
         raise ValueError(
             "time_group takes padded sequences, [..., time], with masked='skip'; got " + ("cu_seqlens" if cu_seqlens is not None else masked)
         )
-    rank, dtype = dist.get_rank(group), scan.result_dtype(rewards, values)
+    rewards, values, _, _, mask, next_values, terminated, truncated = steps
+    check_tensor("rewards", rewards, min_dim=2, dtypes=FLOATS)
+    check_tensor("values", values, shape=rewards.shape, dtypes=FLOATS, device=rewards.device)
+    assert values is not None
+    rank, dtype = dist.get_rank(group), scan.result_dtype(steps)
 
     def first_valid(x: Tensor) -> Tensor:
         """Of each sequence at its first valid step; 0 where there is none here."""
@@ -132,8 +133,6 @@ def _gae_over_ranks(
             carry = parts[later, 0] + torch.where(parts[later, 1] == 0, 0.0, parts[later, 1] * carry)
         return carry
 
-    check_tensor("rewards", rewards, min_dim=2, dtypes=FLOATS)
-    check_tensor("values", values, shape=rewards.shape, dtypes=FLOATS, device=rewards.device)
     valid = torch.ones(rewards.shape, dtype=torch.bool, device=rewards.device) if mask is None else mask != 0
     empty = ~valid.any(-1)
     beyond = values.new_zeros(empty.shape, dtype=dtype) if last_values is None else last_values.to(dtype)
@@ -141,8 +140,7 @@ def _gae_over_ranks(
         check_tensor("next_values", next_values, shape=rewards.shape, dtypes=FLOATS, device=rewards.device)
         beyond = _beyond_the_end(next_values, mask, None).to(dtype)
     value_after = following(beyond, first_valid(values.detach()), empty.to(dtype))
-    boundaries = (mask, masked, value_after, next_values, terminated, truncated, None)
-    advantages, returns, _ = _returns(rewards, values, gamma, lam, *boundaries, validate, backend)
+    advantages, returns, _ = _returns(steps, gamma, lam, masked, value_after, None, validate, backend)
 
     cut = torch.zeros_like(valid)
     for flags in (terminated, truncated):
@@ -179,8 +177,8 @@ def td_lambda(
 
     Arguments, dtypes and errors are those of ``gae``.
     """
-    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
-    return _returns(rewards, values, gamma, lam, *boundaries, validate, backend, with_advantages=False)[1]
+    steps = Steps(rewards, values, None, None, mask, next_values, terminated, truncated)
+    return _returns(steps, gamma, lam, masked, last_values, cu_seqlens, validate, backend, with_advantages=False).returns
 
 
 def discounted_returns(
@@ -198,8 +196,8 @@ def discounted_returns(
 
     Arguments, dtypes and errors are those of ``gae``.
     """
-    boundaries = (mask, masked, None, None, terminated, None, cu_seqlens)
-    return _returns(rewards, None, gamma, 1.0, *boundaries, validate, backend, with_advantages=False, required=())[1]
+    steps = Steps(rewards, None, None, None, mask, None, terminated, None)
+    return _returns(steps, gamma, 1.0, masked, None, cu_seqlens, validate, backend, with_advantages=False, required=()).returns
 
 
 def vtrace(
@@ -234,10 +232,9 @@ def vtrace(
     Returns:
         ``(advantages, targets)``, each ``S``; float32 (float64 where rewards or values are).
     """
-    boundaries = (mask, masked, last_values, next_values, terminated, truncated, cu_seqlens)
-    policies = (logprobs, old_logprobs, rho_clip, c_clip)
-    required = ("values", "logprobs", "old_logprobs")
-    advantages, targets, _ = _returns(rewards, values, gamma, lam, *boundaries, validate, backend, policies=policies, required=required)
+    steps = Steps(rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
+    rest = (gamma, lam, masked, last_values, cu_seqlens, validate, backend)
+    advantages, targets, _ = _returns(steps, *rest, clips=(rho_clip, c_clip), required=("values", "logprobs", "old_logprobs"))
     return advantages, targets
 
 
@@ -258,31 +255,27 @@ def _beyond_the_end(next_values: Tensor, mask: Tensor | None, cu_seqlens: Tensor
 
 
 def _returns(
-    rewards: Tensor,
-    values: Tensor | None,
+    steps: Steps,
     gamma: float | Tensor,
     lam: float | Tensor,
-    mask: Tensor | None,
     masked: str,
     last_values: Tensor | None,
-    next_values: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
     cu_seqlens: Tensor | None,
     validate: bool | None,
     backend: str | None,
     *,
-    policies: tuple[Tensor | None, Tensor | None, float, float] = (None, None, 1.0, 1.0),
+    clips: tuple[float, float] = (1.0, 1.0),
     with_advantages: bool = True,
     with_moments: bool = False,
     required: tuple[str, ...] = ("values",),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check everything and scan. ``policies``: log-probs, old log-probs and the clips of V-trace."""
+) -> Advantages:
+    """Check everything and scan. ``clips``: those of V-trace."""
+    rewards = steps.rewards
     check_tensor("rewards", rewards, min_dim=1, dtypes=FLOATS)
-    logprobs, old_logprobs, rho_clip, c_clip = policies
     shape, device = rewards.shape, rewards.device
-    floats = {"values": values, "logprobs": logprobs, "old_logprobs": old_logprobs, "next_values": next_values}
-    for name, x in {**floats, "mask": mask, "terminated": terminated, "truncated": truncated}.items():
+    floats = ("values", "logprobs", "old_logprobs", "next_values")
+    for name in (*floats, "mask", "terminated", "truncated"):
+        x = getattr(steps, name)
         if x is not None or name in required:
             check_tensor(name, x, shape=shape, dtypes=FLOATS if name in floats else None, device=device)
     check_choice("masked", masked, ("skip", "decay"))
@@ -294,23 +287,20 @@ def _returns(
         sequences = (cu_seqlens.numel() - 1,)
     if last_values is not None:
         check_tensor("last_values", last_values, shape=sequences, dtypes=FLOATS, device=device)
-    elif next_values is not None:
-        last_values = _beyond_the_end(next_values, mask, cu_seqlens)
-    numbers, rows = [], []
+    elif steps.next_values is not None:
+        last_values = _beyond_the_end(steps.next_values, steps.mask, cu_seqlens)
+    numbers, rates = [], []
     for name, y in (("gamma", gamma), ("lam", lam)):
         if isinstance(y, Tensor):
             check_tensor(name, y, shape=sequences, dtypes=FLOATS, device=device)
         numbers.append(1.0 if isinstance(y, Tensor) else check_number(name, y, at_least=0, at_most=1))
-        rows.append(y if isinstance(y, Tensor) else None)
-    tensors = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated, last_values, cu_seqlens, *rows)
+        rates.append(y if isinstance(y, Tensor) else None)
+    numbers += [check_number(name, clip, above=0) for name, clip in zip(("rho_clip", "c_clip"), clips, strict=True)]
     return scan.lambda_returns(
-        *(None if x is None else x.detach() for x in tensors),
-        *numbers,
-        check_number("rho_clip", rho_clip, above=0),
-        check_number("c_clip", c_clip, above=0),
-        masked == "decay",
-        with_advantages,
-        with_moments,
+        Steps._make(None if x is None else x.detach() for x in steps),
+        Sequences._make(None if x is None else x.detach() for x in (last_values, cu_seqlens, *rates)),
+        Numbers(*numbers),
+        ScanOptions(masked == "decay", with_advantages, with_moments),
         choose_validate(validate, rewards),
         choose_backend(backend, rewards),
     )
@@ -564,4 +554,4 @@ def whiten(
     centred = keep(wide - mean)
     var = over_ranks(centred.square().sum()) / (count - int(unbiased)).clamp(min=1)
     white = centred / (var.sqrt() + eps if eps_outside else (var + eps).sqrt())
-    return (white if shift_mean else keep(white + mean)).to(state_dtype(x))
+    return (white if shift_mean else keep(white + mean)).to(state_dtype(x.dtype))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ._checks import check_choice, check_number
-from .surrogates import name_of
+from .surrogates import Surrogate, name_of, parts_of
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
-KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")
+# And their functions, which ``kernels/kl.py`` and ``ops/torch_backend/terms.py`` both have.
+KL_ESTIMATORS = {"k1": "k1", "abs": "absolute", "k2": "k2", "k3": "k3", "k1+": "k1_plus", "abs+": "absolute_plus", "k3+": "k3_plus"}
 KL_RATIO_WEIGHTS = (False, True, "score", "sampling")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "sum")
 SEQUENCE_AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -115,7 +116,7 @@ class PolicyLossConfig:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if self.entropy_aggregation is not None:
             check_choice("entropy_aggregation", self.entropy_aggregation, AGGREGATIONS)
-        if self.surrogate in ("gmpo", "vespo") and self.ratio_level != "token":
+        if self.parts.reduction and self.ratio_level != "token":
             raise ValueError(
                 f"surrogate {self.surrogate!r} reduces over the sequence by itself: ratio_level must be 'token', got {self.ratio_level!r}"
             )
@@ -127,10 +128,20 @@ class PolicyLossConfig:
             object.__setattr__(self, name, check_clamp(name, getattr(self, name)))
         object.__setattr__(self, "text", ", ".join([f"{name!r}: {getattr(self, name)!r}" for name in _NAMES]))
 
+    @cached_property
+    def of_a_token(self) -> PolicyLossConfig:
+        """The objective of a token by itself: no weight of aggregation, no entropy bonus."""
+        return replace(self, aggregation="sum", entropy_coef=0.0, entropy_aggregation=None)
+
+    @property
+    def parts(self) -> Surrogate:
+        """The functions of the surrogate."""
+        return parts_of(self.surrogate, self.dppo_form)
+
     @property
     def sequence_option(self) -> str | None:
         """The first option that speaks of sequences, None if there is none."""
-        if self.surrogate in ("gmpo", "vespo"):
+        if self.parts.reduction:
             return f"surrogate={self.surrogate!r}"
         if self.ratio_level != "token":
             return f"ratio_level={self.ratio_level!r}"
@@ -150,7 +161,7 @@ class PolicyLossConfig:
     @property
     def is_token_level(self) -> bool:
         """Whether a token's loss, before its weight, depends on no other token: then its gradient can be made where its logits are."""
-        return self.ratio_level == "token" and self.surrogate not in ("gmpo", "vespo") and self.off_policy_threshold is None
+        return self.ratio_level == "token" and not self.parts.reduction and self.off_policy_threshold is None
 
     @property
     def own_entropy_aggregation(self) -> str | None:

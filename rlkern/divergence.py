@@ -7,13 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._backend import choose_backend
-from ._checks import FLOATS, check_number, check_tensor
-from .distributed import Agreement, ProcessGroup, local, shard_of
-from .logprobs import check_chunk, check_head, check_rows, check_scaling, freezes_head, local_head, shape_of_tokens, take_gradients
+from ._checks import check_number
+from ._inputs import Chunking, LinearPair, Scaling, Where, check_linear_pair, check_pair, freezes_head
+from .distributed import ProcessGroup
 from .ops.divergence import Divergence, LinearDivergence
-from .ops.logits import TRITON_DTYPES
-from .ops.shards import Shard
 
 
 def full_kl(
@@ -59,7 +56,9 @@ def full_kl(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
     """
-    return _divergence(logits, ref_logits, 0.0 if reverse else 1.0, temperature, mask, softcap, logit_scale, process_group, validate, backend)
+    scaling, where = Scaling(temperature, softcap, logit_scale), Where(process_group, validate, backend)
+    here, ref_here, comparison = check_pair(logits, ref_logits, 0.0 if reverse else 1.0, mask, scaling, where)
+    return Divergence.apply(here, ref_here, *comparison)
 
 
 def generalized_jsd(
@@ -94,7 +93,9 @@ def generalized_jsd(
     Source: Agarwal et al., On-Policy Distillation of Language Models (2023), https://arxiv.org/abs/2306.13649.
     """
     beta = check_number("beta", beta, at_least=0, at_most=1)
-    return _divergence(logits, ref_logits, beta, temperature, mask, softcap, logit_scale, process_group, validate, backend)
+    scaling, where = Scaling(temperature, softcap, logit_scale), Where(process_group, validate, backend)
+    here, ref_here, comparison = check_pair(logits, ref_logits, beta, mask, scaling, where)
+    return Divergence.apply(here, ref_here, *comparison)
 
 
 def linear_full_kl(
@@ -145,27 +146,16 @@ def linear_full_kl(
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
     """
-    return _linear_divergence(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
+    x = check_linear_pair(
+        (hidden, weight, bias),
+        (ref_hidden, ref_weight, ref_bias),
         0.0 if reverse else 1.0,
-        bias=bias,
-        ref_bias=ref_bias,
-        temperature=temperature,
-        mask=mask,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        logits_dtype=logits_dtype,
-        chunk_bytes=chunk_bytes,
-        rows=rows,
-        compact=compact,
-        mode=mode,
-        process_group=process_group,
-        validate=validate,
-        backend=backend,
+        mask,
+        Scaling(temperature, softcap, logit_scale),
+        Chunking(logits_dtype, chunk_bytes, rows, compact),
+        Where(process_group, validate, backend),
     )
+    return _linear_divergence(x, mode)
 
 
 def linear_generalized_jsd(
@@ -194,141 +184,18 @@ def linear_generalized_jsd(
 
     Arguments, gradients, result and errors are those of :func:`linear_full_kl`, and ``beta`` that of :func:`generalized_jsd`.
     """
-    return _linear_divergence(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
+    x = check_linear_pair(
+        (hidden, weight, bias),
+        (ref_hidden, ref_weight, ref_bias),
         check_number("beta", beta, at_least=0, at_most=1),
-        bias=bias,
-        ref_bias=ref_bias,
-        temperature=temperature,
-        mask=mask,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        logits_dtype=logits_dtype,
-        chunk_bytes=chunk_bytes,
-        rows=rows,
-        compact=compact,
-        mode=mode,
-        process_group=process_group,
-        validate=validate,
-        backend=backend,
+        mask,
+        Scaling(temperature, softcap, logit_scale),
+        Chunking(logits_dtype, chunk_bytes, rows, compact),
+        Where(process_group, validate, backend),
     )
+    return _linear_divergence(x, mode)
 
 
-def _backend_for(dtype: torch.dtype, ref_dtype: torch.dtype, device: torch.device, backend: str | None) -> str:
-    """The backend for logits of these dtypes."""
-    wider = torch.empty(0, dtype=torch.promote_types(dtype, ref_dtype), device=device)
-    return choose_backend(backend, wider, triton_dtypes=TRITON_DTYPES)
-
-
-def _divided_alike(
-    agreement: Agreement,
-    policy: tuple[Shard | None, Tensor | None],
-    ref: tuple[Shard | None, Tensor | None],
-    shape: torch.Size,
-    device: torch.device,
-    mask: Tensor | None,
-) -> str:
-    """Check the mask, and that both vocabularies, and hidden states if given, are divided alike; gives the part that is here, for operators."""
-    if mask is not None:
-        check_tensor("mask", mask, device=device)
-    (shard, hidden), (ref_shard, ref_hidden) = policy, ref
-    agreement.part(shard, hidden)
-    agreement.part(ref_shard, ref_hidden, "reference's ")
-    if agreement.is_sought:  # tokens without ids
-        agreement.tokens(torch.zeros(shape if mask is None else mask.shape, dtype=torch.int64, device=device), mask, device)
-    if shard != ref_shard:
-        what = ["whole" if x is None else f"tokens {x.first} to {x.first + x.size} of {x.total}, rows by {x.sp_size}" for x in (shard, ref_shard)]
-        raise ValueError(f"policy and reference must be divided alike; here this rank has {what[0]} and {what[1]}")
-    if mask is not None:
-        check_tensor("mask", mask, shape=shape)
-    return "" if shard is None else shard.text
-
-
-def _divergence(
-    logits: Tensor,
-    ref_logits: Tensor,
-    beta: float,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    process_group: ProcessGroup,
-    validate: bool | None,
-    backend: str | None,
-) -> Tensor:
-    with Agreement(process_group, validate, logits) as agreement:
-        check_tensor("logits", logits, min_dim=2, dtypes=FLOATS)
-        check_tensor("ref_logits", ref_logits, min_dim=2, dtypes=FLOATS)
-        (logits, group), (ref_logits, ref_group) = (local(name, x, -1, process_group) for name, x in (("logits", logits), ("ref_logits", ref_logits)))
-        shape, device = logits.shape[:-1], logits.device
-        shard, ref_shard = shard_of(group, logits.shape[-1]), shard_of(ref_group, ref_logits.shape[-1])
-        if logits.shape[-1] == 0 and shard is None:
-            raise ValueError(f"logits must have a vocabulary of at least 1 in the last dimension, got shape {tuple(logits.shape)}")
-        part = _divided_alike(agreement, (shard, None), (ref_shard, None), shape, device, mask)
-        check_tensor("ref_logits", ref_logits, shape=logits.shape, device=device)
-        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-        backend = _backend_for(logits.dtype, ref_logits.dtype, device, backend)
-    return Divergence.apply(logits, ref_logits.detach(), mask, per_token, scale, cap, beta, backend, part)
-
-
-def _linear_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    beta: float,
-    *,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    logits_dtype: torch.dtype | None,
-    chunk_bytes: int | None,
-    rows: Tensor | None,
-    compact: bool | None,
-    mode: str | None,
-    process_group: ProcessGroup,
-    validate: bool | None,
-    backend: str | None,
-) -> Tensor:
-    with Agreement(process_group, validate, hidden) as agreement:
-        hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group)
-        ref_hidden, ref_weight, ref_bias, ref_shard = local_head(ref_hidden, ref_weight, ref_bias, process_group, "ref_")
-        dtype = check_head(hidden, weight, bias, logits_dtype, sharded=shard is not None)
-        ref_dtype = check_head(ref_hidden, ref_weight, ref_bias, None, "ref_", sharded=ref_shard is not None)
-        if dtype.itemsize < 4:
-            ref_dtype = torch.promote_types(ref_hidden.dtype, ref_weight.dtype)
-        shape, device = shape_of_tokens(hidden, shard), hidden.device
-        part = _divided_alike(agreement, (shard, hidden), (ref_shard, ref_hidden), shape, device, mask)
-        check_tensor("ref_hidden", ref_hidden, shape=(*hidden.shape[:-1], ref_hidden.shape[-1]), device=device)
-        check_tensor("ref_weight", ref_weight, shape=(weight.shape[0], ref_weight.shape[1]))
-        per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
-        rows = check_rows(rows, shape.numel(), device, agreement.validate)
-        chunk = check_chunk(chunk_bytes, hidden, weight, dtype, shard)
-        agreement.rows(rows, chunk)
-        frozen = freezes_head(take_gradients(hidden, weight, bias), mode)
-        backend = _backend_for(dtype, ref_dtype, device, backend)
-    return LinearDivergence.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        *(None if t is None else t.detach() for t in (ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias)),
-        None if mask is None else mask.flatten(),
-        None if per_token is None else per_token.flatten(),
-        rows,
-        scale,
-        cap,
-        beta,
-        dtype,
-        ref_dtype,
-        chunk,
-        device.type == "cpu" if compact is None else compact,
-        frozen,
-        backend,
-        part,
-    ).view(shape)
+def _linear_divergence(x: LinearPair, mode: str | None) -> Tensor:
+    frozen = freezes_head(x.policy.needs_grad(), mode)
+    return LinearDivergence.apply(*x.policy, *x.ref, *x.work, *x.comparison, frozen).view(x.shape)

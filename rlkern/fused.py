@@ -8,20 +8,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._backend import choose_backend
 from ._checks import check_choice, check_tensor, state_dtype
+from ._inputs import Chunking, KeptTokens, Scaling, Where, check_linear, check_logits, check_writable
+from ._token_inputs import check_config, check_tokens, token_weights
 from .config import PolicyLossConfig
 from .distributed import ProcessGroup
-from .logprobs import KeptTokens, LinearInputs, check_keep, check_linear, check_logits, check_scaling, check_writable, linear_logprobs
-from .losses import LossOutput, check_config, check_tokens, token_weights
-from .ops.fused import GradientsInForward, PolicyRows, per_token_config, policy_gradients_inplace_op, policy_gradients_op
+from .logprobs import linear_logprobs
+from .losses import LossOutput
+from .ops.fused import GradientsInForward, PolicyRows, Weights, policy_gradients_inplace_op, policy_gradients_op
 from .ops.keep import Restrict, supported
 from .ops.linear import gradients_in_forward, linear_policy_gradients_op
-from .ops.logits import TRITON_DTYPES, TokenLogprobs, live_rows
+from .ops.logits import Slopes, TokenLogprobs, live_rows
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
-from .ops.shards import Shard
+from .ops.sequences import aggregation_weights, per_token, sequence_sum, to_tokens
 from .surrogates import check_backend, own_surrogate
 
 
@@ -40,30 +40,25 @@ class Objective(NamedTuple):
         assert live is not None
         return live.flatten()
 
-    def rows(self) -> PolicyRows:
-        """What a token's loss reads, ``[N]``."""
+    def terms(self) -> PolicyRows:
+        """The numbers that a token's loss reads, ``[N]``."""
         t = self.tokens
-
-        def flat(x: Tensor | None) -> Tensor | None:
-            return None if x is None else reference.per_token(x.detach(), t.logprobs, t.cu_seqlens).flatten()
-
-        advantages = reference.per_token(t.advantages.detach(), t.logprobs, t.cu_seqlens).flatten()
-        optional = (t.importance_weights, t.sampling_logprobs, t.entropy_mask)
         ref = t.ref_logprobs if self.config.kl_coef != 0 else None
-        return PolicyRows(flat(t.old_logprobs), advantages, flat(ref), *(flat(x) for x in optional))
+        read = (t.old_logprobs, t.advantages, ref, t.importance_weights, t.sampling_logprobs, t.entropy_mask)
+        return PolicyRows._make(None if x is None else per_token(x.detach(), t.logprobs, t.cu_seqlens).flatten() for x in read)
 
-    def weights(self) -> tuple[Tensor, Tensor | None]:
-        """Flat: the weight of each token's loss, and of its entropy: d loss / d entropy, None where that is 0."""
+    def weights(self) -> Weights:
+        """Flat: d loss / d (a token's loss), and d loss / d entropy."""
         t, c = self.tokens, self.config
         assert t.mask is not None
-        kept = t.mask if t.entropy_mask is None else t.mask & (t.entropy_mask != 0)
-        dtype, by = t.logprobs.dtype, {"max_length": c.max_length, "cu_seqlens": t.cu_seqlens}
-        loss = bonus = reference.aggregation_weights(t.mask, c.aggregation, dtype=dtype, normalizer=t.normalizer, **by)  # type: ignore[arg-type]
+        dtype = t.logprobs.dtype
+        loss = bonus = aggregation_weights(t.mask, c.aggregation, dtype, t.normalizer, c.max_length, t.cu_seqlens)
         if c.entropy_coef == 0:
-            return loss.flatten(), None
+            return Weights(loss.flatten(), None)
         if c.entropy_aggregation is not None:
-            bonus = reference.aggregation_weights(kept, c.entropy_aggregation, dtype=dtype, **by)  # type: ignore[arg-type]
-        return loss.flatten(), (-c.entropy_coef * bonus).flatten()
+            kept = t.mask if t.entropy_mask is None else t.mask & (t.entropy_mask != 0)
+            bonus = aggregation_weights(kept, c.entropy_aggregation, dtype, None, c.max_length, t.cu_seqlens)
+        return Weights(loss.flatten(), (-c.entropy_coef * bonus).flatten())
 
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """The loss of these log-probs and entropies ``[N]``."""
@@ -84,8 +79,9 @@ class Objective(NamedTuple):
         return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
 
 
-def _inside_support(ids: Tensor, live: Tensor, keep: KeptTokens | None) -> tuple[Tensor, Tensor | None]:
-    """``live``, without the tokens that the sampler's support excludes; and how many these are, where there is one."""
+def _counted(ids: Tensor, mask: Tensor | None, keep: KeptTokens | None) -> tuple[Tensor, Tensor | None]:
+    """Which tokens count, those that the sampler's support excludes not among them; and how many these are, where there is a support."""
+    live = live_rows(ids, mask)
     if keep is None:
         return live, None
     inside = supported(ids.flatten(), keep.offsets, keep.token_ids).view(ids.shape)
@@ -93,31 +89,23 @@ def _inside_support(ids: Tensor, live: Tensor, keep: KeptTokens | None) -> tuple
 
 
 def _objective(
-    ids: Tensor,
-    live: Tensor,
-    like: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    with_entropy: bool,
-    skip: bool,
-    validate: bool,
-    backend: str,
-    config: PolicyLossConfig,
-    **tokens: Tensor | float | None,
+    given: Tokens, keep: KeptTokens | None, ids: Tensor, config: PolicyLossConfig, with_entropy: bool, skip: bool, validate: bool, backend: str
 ) -> Objective:
-    """Check the arguments of the objective. ``skip``: leave out the rows whose advantage is 0, where nothing else gives them a gradient."""
+    """Check the objective's own arguments, ``given`` with the caller's mask, whose log-probs and entropy are yet unfilled.
+
+    ``skip``: leave out the rows whose advantage is 0, where nothing else gives them a gradient.
+    """
     check_config(config)
     check_backend(config.surrogate, backend)
-    unfilled = torch.empty(ids.shape, dtype=state_dtype(like), device=ids.device)
-    entropy = unfilled if with_entropy else None
-    checked = check_tokens(unfilled, old_logprobs, advantages, mask=live, entropy=entropy, config=config, validate=validate, **tokens)  # type: ignore[arg-type]
+    live, outside_support = _counted(ids, given.mask, keep)
+    tokens = check_tokens(given._replace(mask=live, entropy=given.logprobs if with_entropy else None), config, validate)
     evaluated = None
     if skip and config.kl_coef == 0 and config.entropy_coef == 0 and own_surrogate(config.surrogate) is None:
-        evaluated = live & (reference.per_token(checked.advantages, unfilled, checked.cu_seqlens) != 0)
+        evaluated = live & (per_token(tokens.advantages, tokens.logprobs, tokens.cu_seqlens) != 0)
         if not config.is_token_level:  # a sequence is needed whole
-            some = reference.sequence_sum(evaluated.to(unfilled.dtype), checked.cu_seqlens) > 0
-            evaluated = live & reference.to_tokens(some, live, checked.cu_seqlens)
-    return Objective(checked, config, evaluated, backend)
+            some = sequence_sum(evaluated.to(tokens.logprobs.dtype), tokens.cu_seqlens) > 0
+            evaluated = live & to_tokens(some, live, tokens.cu_seqlens)
+    return Objective(tokens, config, evaluated, backend, outside_support)
 
 
 def fused_policy_loss(
@@ -164,49 +152,40 @@ def fused_policy_loss(
     Raises:
         TypeError, ValueError: as the two functions.
     """
-    logits, shape, device, shard, must_validate = check_logits(logits, ids, mask, process_group, validate)
-    per_token, scale, cap = check_scaling(temperature, softcap, logit_scale, shape, device)
+    x = check_logits(logits, ids, mask, Scaling(temperature, softcap, logit_scale), keep, Where(process_group, validate, backend))
     if inplace:
-        check_writable("inplace=True", logits)
-    backend = choose_backend(backend, logits, triton_dtypes=TRITON_DTYPES)
-    kept = None if keep is None else check_keep(keep, ids, logits.shape[-1], shard, must_validate)
-    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
-    objective = _objective(
-        ids,
-        live,
-        logits,
-        old_logprobs,
-        advantages,
-        with_entropy,
-        False,
-        must_validate,
-        backend,
-        config,
+        check_writable("inplace=True", x.logits)
+    unfilled = torch.empty(ids.shape, dtype=state_dtype(x.logits.dtype), device=ids.device)
+    given = Tokens(
+        logprobs=unfilled,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
         ref_logprobs=ref_logprobs,
+        entropy=None,
         importance_weights=importance_weights,
         sampling_logprobs=sampling_logprobs,
         entropy_mask=entropy_mask,
-        normalizer=normalizer,
+        normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
-    )._replace(outside_support=outside_support)
-    if kept is not None:  # the gradient may go over the copy, which is ours
-        logits = Restrict.apply(logits, *kept, backend)
-        inplace = True
-    if shard is not None or not (torch.is_grad_enabled() and logits.requires_grad and config.is_token_level):
-        part = "" if shard is None else shard.text
-        logprobs, entropy = TokenLogprobs.apply(
-            logits, ids, objective.tokens.mask, per_token, scale, cap, with_entropy, inplace, must_validate, backend, part
-        )
+    )
+    objective = _objective(given, keep, ids, config, with_entropy, False, x.validate, x.rows.backend)
+    here, rows = x.logits, x.rows._replace(mask=objective.tokens.mask)
+    if keep is not None:  # the gradient may go over the copy, which is ours
+        here, inplace = Restrict.apply(here, *x.kept, rows.backend), True
+    if rows.shard is not None or not (torch.is_grad_enabled() and here.requires_grad and config.is_token_level):
+        logprobs, entropy = TokenLogprobs.apply(here, *rows, with_entropy, inplace, x.validate)
         return objective.loss(logprobs, entropy if with_entropy else None)
-    flat = (ids.flatten(), objective.live(), None if per_token is None else per_token.flatten(), *objective.rows(), *objective.weights())
-    options = (per_token_config(config).text, scale, cap, with_entropy, must_validate, backend)
+    temperatures = None if rows.temperature is None else rows.temperature.flatten()
+    rows = rows._replace(ids=ids.flatten(), mask=objective.live(), temperature=temperatures)
+    arguments = (rows, objective.terms(), objective.weights(), config, with_entropy, x.validate)
     if inplace:
-        gradient = logits.detach()
-        logprobs, entropy = policy_gradients_inplace_op(gradient, *flat, *options)
+        gradient = here.detach()
+        logprobs, entropy = policy_gradients_inplace_op(gradient, *arguments)
     else:
-        logprobs, entropy, gradient = policy_gradients_op(logits.detach(), *flat, *options)
+        logprobs, entropy, gradient = policy_gradients_op(here.detach(), *arguments)
     output = objective.loss(logprobs, entropy if with_entropy else None)
-    return output._replace(loss=GradientsInForward.apply(output.loss, backend, gradient, logits))
+    return output._replace(loss=GradientsInForward.apply(output.loss, rows.backend, gradient, here))
 
 
 def fused_linear_policy_loss(
@@ -269,56 +248,47 @@ def fused_linear_policy_loss(
         TypeError, ValueError: as the two functions.
     """
     x = check_linear(
-        hidden,
-        weight,
+        (hidden, weight, bias),
         ids,
-        bias=bias,
-        mask=mask,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        logits_dtype=logits_dtype,
-        chunk_bytes=chunk_bytes,
-        rows=rows,
-        compact=compact,
-        keep=keep,
-        process_group=process_group,
-        validate=validate,
-        backend=backend,
+        mask,
+        Scaling(temperature, softcap, logit_scale),
+        Chunking(logits_dtype, chunk_bytes, rows, compact),
+        keep,
+        Where(process_group, validate, backend),
     )
     check_config(config)
     if mode is not None:
         check_choice("mode", mode, ("in-forward", "recompute", "frozen-head"))
     if mode == "in-forward" and not config.is_token_level:
         raise ValueError(f"mode='in-forward' needs a token-level objective; this one is not: {config}")
-    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
-    objective = _objective(
-        ids,
-        live,
-        torch.empty(0, dtype=x.logits_dtype),
-        old_logprobs,
-        advantages,
-        with_entropy,
-        compact is True,
-        x.validate,
-        x.backend,
-        config,
+    unfilled = torch.empty(ids.shape, dtype=state_dtype(x.head.logits_dtype), device=ids.device)
+    given = Tokens(
+        logprobs=unfilled,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
         ref_logprobs=ref_logprobs,
+        entropy=None,
         importance_weights=importance_weights,
         sampling_logprobs=sampling_logprobs,
         entropy_mask=entropy_mask,
-        normalizer=normalizer,
+        normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
-    )._replace(outside_support=outside_support)
-    if x.rows is not None:
-        computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.rows, True)
+    )
+    objective = _objective(given, keep, ids, config, with_entropy, compact is True, x.validate, x.rows.backend)
+    if x.work.rows is not None:
+        computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.work.rows, True)
         objective = objective._replace(evaluated=computed.view(ids.shape))
-    x = x._replace(mask=objective.live())
-    needs = x.needs_grad()
+    x = x._replace(rows=x.rows._replace(mask=objective.live()))
+    needs = x.head.needs_grad()
     if not (any(needs) and config.is_token_level and mode in (None, "in-forward")):
         logprobs, entropy = linear_logprobs(x, with_entropy, mode)
         return objective.loss(logprobs, entropy if with_entropy else None)
-    return _in_forward(x, objective, needs, with_entropy)
+    made = linear_policy_gradients_op(
+        x.head.detach(), x.work, x.kept, x.rows, objective.terms(), objective.weights(), config, with_entropy, needs, x.validate
+    )
+    output = objective.loss(made.logprob, made.entropy if with_entropy else None)
+    return output._replace(loss=GradientsInForward.apply(output.loss, x.rows.backend, *made[2:], *x.head[:3]))
 
 
 def fused_linear_loss(
@@ -366,34 +336,25 @@ def fused_linear_loss(
         TypeError, ValueError: for bad arguments, and for a ``loss_fn`` whose result is not a tensor of the shape of its log-probs.
     """
     x = check_linear(
-        hidden,
-        weight,
+        (hidden, weight, bias),
         ids,
-        bias=bias,
-        mask=mask,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        logits_dtype=logits_dtype,
-        chunk_bytes=chunk_bytes,
-        rows=rows,
-        compact=compact,
-        keep=keep,
-        process_group=process_group,
-        validate=validate,
-        backend=backend,
+        mask,
+        Scaling(temperature, softcap, logit_scale),
+        Chunking(logits_dtype, chunk_bytes, rows, compact),
+        keep,
+        Where(process_group, validate, backend),
     )
     for i, t in enumerate(per_token):
         check_tensor(f"per_token[{i}]", t, device=ids.device)
         if t.shape[: ids.dim()] != ids.shape:
             raise ValueError(f"per_token[{i}] must have a shape that begins with {tuple(ids.shape)}, got {tuple(t.shape)}")
-    live, outside_support = _inside_support(ids, live_rows(ids, mask), keep)
-    dtype = state_dtype(torch.empty(0, dtype=x.logits_dtype))
+    live, outside_support = _counted(ids, mask, keep)
+    dtype = state_dtype(x.head.logits_dtype)
     weights = token_weights(
         live, aggregation, dtype, normalizer=normalizer, max_length=max_length, cu_seqlens=cu_seqlens, validate=x.validate
     ).flatten()
     counted = live.flatten()
-    x = x._replace(mask=counted)
+    x = x._replace(rows=x.rows._replace(mask=counted))
     extras = [t.detach().flatten(0, ids.dim() - 1) for t in per_token]
     losses = torch.zeros(ids.numel(), dtype=dtype, device=ids.device)
 
@@ -404,77 +365,28 @@ def fused_linear_loss(
             raise ValueError(f"loss_fn must give one loss a token, a tensor of shape {tuple(logprob.shape)}; got {what}")
         return torch.where(counted[rows], loss, 0.0)
 
-    needs = x.needs_grad()
+    needs = x.head.needs_grad()
     if torch.compiler.is_compiling() or not any(needs):
         logprobs, entropy = linear_logprobs(x, True)
         losses = loss_of(slice(None), logprobs, entropy)
         loss = (weights * losses).sum()
     else:
 
-        def slopes(rows: slice | Tensor, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        def slopes(rows: slice | Tensor, logprob: Tensor, entropy: Tensor) -> Slopes:
             with torch.enable_grad():
                 inputs = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
                 loss = loss_of(rows, *inputs)
                 slopes = torch.autograd.grad(loss, inputs, weights[rows], allow_unused=True) if loss.requires_grad else (None, None)
             losses[rows] = loss.detach()
             a, b = (None if g is None else torch.where(counted[rows], g, 0.0) for g in slopes)
-            return torch.zeros_like(logprob) if a is None else a, b
+            return Slopes(torch.zeros_like(logprob) if a is None else a, b)
 
         with torch.no_grad():
-            logprobs, entropy, *gradients = gradients_in_forward(
-                x.hidden,
-                x.weight,
-                x.bias,
-                x.ids,
-                counted,
-                x.temperature,
-                x.rows,
-                x.offsets,
-                x.token_ids,
-                x.scale,
-                x.cap,
-                x.logits_dtype,
-                x.chunk,
-                True,
-                needs,
-                x.compact,
-                x.validate,
-                x.backend,
-                Shard.from_text(x.shard),
-                slopes,
-            )
+            logprobs, entropy, *gradients = gradients_in_forward(x, True, needs, slopes)
             loss = (weights * losses).sum()
-        loss = GradientsInForward.apply(loss, x.backend, *gradients, x.hidden, x.weight, x.bias)
+        loss = GradientsInForward.apply(loss, x.rows.backend, *gradients, *x.head[:3])
     count = live.sum().clamp(min=1)
     metrics = {"loss": losses.detach().sum() / count, "entropy": entropy.detach().sum() / count}
     if outside_support is not None:
         metrics["outside_support"] = outside_support
     return LossOutput(loss, metrics, logprobs.detach().view(ids.shape), entropy.detach().view(ids.shape))
-
-
-def _in_forward(x: LinearInputs, objective: Objective, needs: tuple[bool, bool, bool], with_entropy: bool) -> LossOutput:
-    heads = (x.hidden, x.weight, x.bias)
-    logprobs, entropy, *gradients = linear_policy_gradients_op(
-        *(None if t is None else t.detach() for t in heads),
-        x.ids,
-        objective.live(),
-        x.temperature,
-        x.rows,
-        x.offsets,
-        x.token_ids,
-        *objective.rows(),
-        *objective.weights(),
-        per_token_config(objective.config).text,
-        x.scale,
-        x.cap,
-        x.logits_dtype,
-        x.chunk,
-        with_entropy,
-        *needs,
-        x.compact,
-        x.validate,
-        x.backend,
-        x.shard,
-    )
-    output = objective.loss(logprobs, entropy if with_entropy else None)
-    return output._replace(loss=GradientsInForward.apply(output.loss, x.backend, *gradients, *heads))

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._backend import choose_backend, choose_validate
-from ._checks import FLOATS, INTS, check_choice, check_cu_seqlens, check_number, check_tensor, state_dtype
-from .config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS, SEQUENCE_AGGREGATIONS, Clamp, PolicyLossConfig, check_clamp
+from ._backend import choose_backend
+from ._checks import FLOATS, INTS, check_choice, check_number, check_tensor, state_dtype
+from ._token_inputs import as_normalizer, check_aggregation, check_sequences, check_tokens
+from .config import KL_ESTIMATORS, RATIO_LEVELS, Clamp, PolicyLossConfig, bounds, check_clamp
+from .ops import ratio
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
-from .ops.value import Values
+from .ops.value import ValueOptions, Values
 from .ops.value import value_loss as value_loss_on_tokens
 from .surrogates import check_backend
 
@@ -78,21 +79,20 @@ def policy_loss(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, device or option, or an input that the configuration needs.
     """
-    tokens = check_tokens(
-        logprobs,
-        old_logprobs,
-        advantages,
+    given = Tokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
         mask=mask,
         ref_logprobs=ref_logprobs,
         entropy=entropy,
         importance_weights=importance_weights,
         sampling_logprobs=sampling_logprobs,
         entropy_mask=entropy_mask,
-        normalizer=normalizer,
+        normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
-        config=config,
-        validate=validate,
     )
+    tokens = check_tokens(given, config, validate)
     backend = choose_backend(backend, logprobs)
     check_backend(config.surrogate, backend)
     loss, metrics = policy_loss_on_tokens(tokens, config, backend)
@@ -120,9 +120,9 @@ def importance_ratio(
     if mask is not None:
         check_tensor("mask", mask, shape=logprobs.shape, device=logprobs.device)
     check_choice("level", level, RATIO_LEVELS)
-    _check_sequences(logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
+    check_sequences(logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
     limits = check_clamp("log_ratio_clamp", log_ratio_clamp)
-    return reference.importance_ratio(logprobs, old_logprobs, mask=mask, level=level, log_ratio_clamp=limits, cu_seqlens=cu_seqlens)
+    return ratio.importance_ratio(logprobs, old_logprobs, mask, level, bounds(limits), cu_seqlens)
 
 
 def importance_weights(
@@ -152,10 +152,9 @@ def importance_weights(
             check_number(name, x, at_least=0)
     if low is not None and high is not None and low > high:
         raise ValueError(f"low must be at most high, got {low} and {high}")
-    _check_sequences(old_logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
-    return reference.importance_weights(
-        old_logprobs, sampling_logprobs, mask=mask, level=level, low=low, high=high, outside=outside, cu_seqlens=cu_seqlens
-    )
+    check_sequences(old_logprobs, cu_seqlens, None, None if level == "token" else f"level {level!r}")
+    limits = bounds((low, high))
+    return ratio.importance_weights(old_logprobs, sampling_logprobs, mask, level == "sequence", limits, outside == "zero", cu_seqlens)
 
 
 def kl_penalty(
@@ -178,14 +177,8 @@ def kl_penalty(
     if mask is not None:
         check_tensor("mask", mask, shape=logprobs.shape, device=logprobs.device)
     check_choice("estimator", estimator, KL_ESTIMATORS)
-    return reference.kl_penalty(
-        logprobs,
-        ref_logprobs,
-        estimator,
-        mask=mask,
-        input_clamp=check_clamp("input_clamp", input_clamp),
-        output_clamp=check_clamp("output_clamp", output_clamp),
-    )
+    limits = bounds(check_clamp("input_clamp", input_clamp)), bounds(check_clamp("output_clamp", output_clamp))
+    return ratio.kl_penalty(logprobs, ref_logprobs, estimator, mask, *limits)
 
 
 def value_loss(
@@ -238,10 +231,10 @@ def value_loss(
         check_number("clip_range", clip_range, above=0)
         if old_values is None:
             raise ValueError(f"old_values is needed with clip_range={clip_range}, got None")
-    _check_sequences(values, cu_seqlens, validate, _check_aggregation(aggregation, max_length, cu_seqlens))
-    x = Values(values, None if clip_range is None else old_values, returns, mask, _as_normalizer(normalizer, values), cu_seqlens)
+    check_sequences(values, cu_seqlens, validate, check_aggregation(aggregation, max_length, cu_seqlens))
+    x = Values(values, None if clip_range is None else old_values, returns, mask, as_normalizer(normalizer, values), cu_seqlens)
     longest = float(values.shape[-1] if max_length is None else max_length)
-    loss, metrics = value_loss_on_tokens(x, clip_range or 0.0, aggregation, longest, choose_backend(backend, values))
+    loss, metrics = value_loss_on_tokens(x, ValueOptions(clip_range or 0.0, aggregation, longest), choose_backend(backend, values))
     return LossOutput(loss, metrics, None, None)
 
 
@@ -267,7 +260,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor 
         check_tensor("margin", margin, shape=chosen.shape, dtypes=(*FLOATS, *INTS), device=chosen.device)
     elif margin is not None:
         check_number("margin", margin)
-    dtype = state_dtype(chosen)
+    dtype = state_dtype(chosen.dtype)
     won = chosen.to(dtype) - rejected.to(dtype)
     return _preferences(won, torch.ones_like(won) / max(won.numel(), 1), margin)
 
@@ -294,7 +287,7 @@ def ranking_loss(scores: Tensor, *, mask: Tensor | None = None, margin: float | 
     if margin is not None:
         check_number("margin", margin)
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask != 0
-    s = torch.where(valid, scores.to(state_dtype(scores)), 0.0)
+    s = torch.where(valid, scores.to(state_dtype(scores.dtype)), 0.0)
     better, worse = torch.triu_indices(s.shape[-1], s.shape[-1], 1, device=s.device)
     pairs = (valid[..., better] & valid[..., worse]).to(s.dtype)
     pairs_of_question = pairs.sum(-1, keepdim=True)
@@ -308,133 +301,3 @@ def _preferences(won: Tensor, weights: Tensor, margin: float | Tensor | None) ->
     loss = -(weights * torch.nn.functional.logsigmoid(won - target)).sum()
     metrics = {"accuracy": (weights * (won > 0)).sum(), "margin": (weights * won.detach()).sum()}
     return LossOutput(loss, metrics, None, None)
-
-
-def check_config(config: PolicyLossConfig) -> None:
-    """Check that it is one."""
-    if not isinstance(config, PolicyLossConfig):
-        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}")
-
-
-def check_tokens(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    mask: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    entropy_mask: Tensor | None,
-    normalizer: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-    config: PolicyLossConfig,
-    validate: bool | None,
-) -> Tokens:
-    """Check what :func:`policy_loss` and its fused forms are given, and put it in the operator's order."""
-    check_config(config)
-    check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
-    shape, device = logprobs.shape, logprobs.device
-    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("sampling_logprobs", sampling_logprobs)):
-        if x is not None:
-            check_tensor(name, x, shape=shape, dtypes=FLOATS, device=device)
-    for name, x in (("mask", mask), ("entropy_mask", entropy_mask)):
-        if x is not None:
-            check_tensor(name, x, shape=shape, device=device)
-    for aggregation in (config.aggregation, config.own_entropy_aggregation or config.aggregation):
-        _check_aggregation(aggregation, config.max_length, cu_seqlens)
-    _check_sequences(logprobs, cu_seqlens, validate, config.sequence_option)
-    if isinstance(advantages, Tensor) and len(shape) > 1 and cu_seqlens is None and advantages.shape == (*shape[:-1], 1):
-        advantages = advantages.squeeze(-1)  # one a sequence
-    _check_per_token("advantages", advantages, logprobs, cu_seqlens)
-    if importance_weights is not None:
-        _check_per_token("importance_weights", importance_weights, logprobs, cu_seqlens, broadcast=True)
-    for needed, name, x in (
-        (config.kl_coef != 0, "ref_logprobs", ref_logprobs),
-        (config.entropy_coef != 0, "entropy", entropy),
-        (config.needs_sampling_logprobs, "sampling_logprobs", sampling_logprobs),
-    ):
-        if needed and x is None:
-            raise ValueError(f"{name} is needed by this config, got None: {config}")
-    return Tokens(
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        mask=mask,
-        ref_logprobs=ref_logprobs,
-        entropy=entropy,
-        importance_weights=importance_weights,
-        sampling_logprobs=sampling_logprobs,
-        entropy_mask=entropy_mask,
-        normalizer=_as_normalizer(normalizer, logprobs),
-        cu_seqlens=cu_seqlens,
-    )
-
-
-def token_weights(
-    mask: Tensor,
-    aggregation: str,
-    dtype: torch.dtype,
-    *,
-    normalizer: float | Tensor | None,
-    max_length: float | None,
-    cu_seqlens: Tensor | None,
-    validate: bool | None,
-) -> Tensor:
-    """Check how losses are to be aggregated, and give each token's weight, of the shape of ``mask``."""
-    like = torch.empty(mask.shape, dtype=dtype, device=mask.device)
-    _check_sequences(like, cu_seqlens, validate, _check_aggregation(aggregation, max_length, cu_seqlens))
-    return reference.aggregation_weights(
-        mask, aggregation, dtype=dtype, normalizer=_as_normalizer(normalizer, like), max_length=max_length, cu_seqlens=cu_seqlens
-    )
-
-
-def _check_aggregation(aggregation: str, max_length: float | None, cu_seqlens: Tensor | None) -> str | None:
-    """Check how losses are to be aggregated; what that is, if it needs sequences."""
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    if max_length is not None:
-        check_number("max_length", max_length, above=0)
-    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
-        raise ValueError(f"aggregation {aggregation!r} of packed sequences needs max_length")
-    return f"aggregation {aggregation!r}" if aggregation in SEQUENCE_AGGREGATIONS else None
-
-
-def _check_sequences(like: Tensor, cu_seqlens: Tensor | None, validate: bool | None, needed_by: str | None) -> None:
-    """Check that there are sequences in tensors like this one, where something needs them."""
-    if cu_seqlens is not None:
-        if like.dim() != 1:
-            raise ValueError(f"cu_seqlens goes with packed tensors of shape [tokens], got {tuple(like.shape)}")
-        check_cu_seqlens(cu_seqlens, like.shape[0], like=like, validate=choose_validate(validate, like))
-    elif needed_by is not None and like.dim() == 1:
-        raise ValueError(f"{needed_by} needs sequences: pass [batch, time], or cu_seqlens with [tokens]; got shape {tuple(like.shape)}")
-
-
-def _check_per_token(name: str, x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None, broadcast: bool = False) -> None:
-    """``x`` has shape S or one value a sequence; with ``broadcast``, anything that broadcasts to S will do as well."""
-    check_tensor(name, x, dtypes=FLOATS, device=logprobs.device)
-    shape = logprobs.shape
-    expected = [tuple(shape)]
-    if cu_seqlens is not None:
-        expected.append((cu_seqlens.shape[0] - 1,))
-    elif len(shape) > 1:
-        expected.append(tuple(shape[:-1]))
-    if tuple(x.shape) in expected:
-        return
-    if broadcast:
-        try:
-            if torch.broadcast_shapes(x.shape, shape) == shape:
-                return
-        except RuntimeError:
-            pass
-        expected.append("what broadcasts to the first")  # type: ignore[arg-type]
-    raise ValueError(f"{name} must have shape {' or '.join(str(e) for e in expected)}; got {tuple(x.shape)}")
-
-
-def _as_normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, shape=(), dtypes=(*FLOATS, *INTS), device=logprobs.device)
-        return normalizer.detach()
-    return torch.full((), check_number("normalizer", normalizer, at_least=0), dtype=state_dtype(logprobs), device=logprobs.device)

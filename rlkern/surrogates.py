@@ -1,4 +1,4 @@
-"""Which surrogates there are: the built-in ones, whose terms are in ``ops/policy_terms.py`` and ``kernels/policy.py``, and users' own.
+"""Which surrogates there are: the built-in ones, in one table, and users' own.
 
 An operator takes its configuration as text, so a surrogate is known by its name.
 """
@@ -13,7 +13,37 @@ from torch import Tensor
 
 from ._backend import HAS_TRITON
 
-SURROGATES = ("clip", "cispo", "sapo", "gmpo", "vespo", "dppo_tv", "dppo_kl", "reinforce")
+
+class Surrogate(NamedTuple):
+    """A built-in surrogate by the names of its functions, which ``kernels/policy.py`` and ``ops/torch_backend/terms.py`` both have."""
+
+    term: str
+    edges: str = "no_edges"
+    summand: str = ""  # of one that is reduced over the sequence by ``reduction`` (see tokens.policy_kernel): the result is the term's log_r
+    reduction: str = ""
+    center: float = 0.0  # the number that clip_low and clip_high are distances from
+
+
+# By the name in a configuration, and its dppo_form where there are two.
+TABLE = {
+    "clip": Surrogate("clip", "clip_edges", center=1.0),
+    "cispo": Surrogate("cispo", "ratio_edges", center=1.0),
+    "sapo": Surrogate("sapo"),
+    "gmpo": Surrogate("gmpo", "log_ratio_edges", "gmpo_summand", "kept-mean"),
+    "vespo": Surrogate("vespo", "no_edges", "vespo_summand", "weighted-sum"),
+    "dppo_tv/ratio": Surrogate("dppo_tv_ratio", "dppo_tv_edges"),
+    "dppo_tv/score": Surrogate("dppo_tv_score", "dppo_tv_edges"),
+    "dppo_kl/ratio": Surrogate("dppo_kl_ratio", "dppo_kl_edges"),
+    "dppo_kl/score": Surrogate("dppo_kl_score", "dppo_kl_edges"),
+    "reinforce": Surrogate("reinforce"),
+}
+SURROGATES = tuple(dict.fromkeys(name.partition("/")[0] for name in TABLE))
+_USERS = Surrogate("")
+
+
+def parts_of(name: str, form: str) -> Surrogate:
+    """The entry of the table; of a user's surrogate, which has none, one without edges or reduction."""
+    return TABLE.get(name) or TABLE.get(f"{name}/{form}") or _USERS
 
 
 class OwnSurrogate(NamedTuple):

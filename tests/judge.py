@@ -1,9 +1,12 @@
 """How a result is judged: against the float64 reference, by the error that plain PyTorch makes in the same dtype."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlkern.ops.operators import Operator
 
 # What every bound must have to spare: processors round differently, and a bound that just holds on one fails on another (make arithmetic).
 HEADROOM = float(os.environ.get("RLKERN_TEST_HEADROOM", "1"))
@@ -28,6 +31,11 @@ def assert_accurate(x: Tensor, exact: Tensor, peer: Tensor | None = None, *, k: 
     mine = error(x, exact)
     theirs = 0.0 if peer is None else error(peer, exact)
     assert mine * HEADROOM <= k * theirs + eps, f"error {mine:.3e}; plain PyTorch's is {theirs:.3e}, allowed {k} x that + {eps:.1e}"
+
+
+def opcheck(op: Operator, *values: Any) -> None:
+    """PyTorch's checks of a registered operator, on the arguments of its body."""
+    torch.library.opcheck(op.overload, tuple(op.arguments(*values)))
 
 
 def rounding(dtype: torch.dtype, exact: Tensor) -> float:

@@ -13,7 +13,7 @@ import rlkern as rk
 from rlkern import reference
 from rlkern.ops import groups as ops
 
-from .judge import assert_accurate, error
+from .judge import assert_accurate, error, opcheck
 
 nan = math.nan
 
@@ -239,9 +239,9 @@ def test_results_are_data(device):
 def test_opcheck(device):
     rewards, ids = torch.randn(6, device=device), torch.tensor([3, 3, 1, 1, 1, 3], device=device)
     for scale in ("group", "batch"):
-        torch.library.opcheck(ops.group_advantages, (rewards, ids, None, None, 1, "mean", scale, 1e-4, "zero", True))
-    torch.library.opcheck(ops.group_advantages, (rewards, None, ids, None, 3, "length-weighted", "none", 1e-4, "raw", False))
-    torch.library.opcheck(ops.group_advantages, (rewards, None, None, rewards.clone(), 1, "given", "batch", 1e-4, "zero", False))
+        opcheck(ops.group_advantages, rewards, ids, None, None, 1, "mean", scale, 1e-4, "zero", True)
+    opcheck(ops.group_advantages, rewards, None, ids, None, 3, "length-weighted", "none", 1e-4, "raw", False)
+    opcheck(ops.group_advantages, rewards, None, None, rewards.clone(), 1, "given", "batch", 1e-4, "zero", False)
 
 
 def test_compile(device):

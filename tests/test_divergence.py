@@ -11,9 +11,10 @@ import rlkern as rk
 from bench.harness import memory
 from rlkern import reference
 from rlkern.ops import divergence as ops
-from rlkern.ops import linear as linear_ops
+from rlkern.ops import head as head_ops
+from rlkern.ops.head import Head, Needs, Work
 
-from .judge import assert_accurate, rounding
+from .judge import assert_accurate, opcheck, rounding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # By the weight of the teacher in the mixture, which says it all: 0 is KL(ref || policy), 1 KL(policy || ref).
@@ -379,7 +380,7 @@ def test_linear_products():
     problem = Problem()
     problem.mask = torch.ones(SHAPE)
     products = []
-    original = linear_ops.product
+    original = head_ops.product
 
     def counted(a, b, out, **named):
         products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -388,7 +389,7 @@ def test_linear_products():
     (h, w, _), (rh, rw, _) = problem.policy, problem.ref
     policy, ref = 2 * 18 * H * V, 2 * 18 * H_REF * V
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_ops, "product", counted)
+        patch.setattr(head_ops, "product", counted)
         for takes, expected in (((0, 0), policy + ref), ((1, 0), 2 * policy + ref), ((1, 1), 4 * policy + 2 * ref)):
             products.clear()
             hidden, weight = (t.detach().requires_grad_(bool(taken)) for t, taken in zip((h, w), takes, strict=True))
@@ -432,17 +433,18 @@ def test_compile(backend, device):
 def test_opcheck(backend, device):
     x, y = two_models(3, 4, 50, device=device)
     mask, temperature = torch.ones(3, 4, device=device), torch.full((3, 4), 0.7, device=device)
-    forward = (x, y, mask, temperature, 1.0, 30.0, 0.3, backend, "")
-    torch.library.opcheck(ops.divergence_op, forward)
-    result, statistics = ops.divergence_op(*forward)
-    torch.library.opcheck(ops.divergence_backward_op, (result, *forward[:-2], statistics, backend, ""))
+    forward = (x, y, ops.Comparison(mask, temperature, 1.0, 30.0, 0.3, backend))
+    opcheck(ops.divergence_op, *forward)
+    found = ops.divergence_op(*forward)
+    opcheck(ops.divergence_backward_op, *forward, found.statistics, found.divergence)
 
     problem = Problem(torch.float32, device=device)
-    tensors = (problem.policy[0].view(-1, H), *problem.policy[1:], problem.ref[0].view(-1, H_REF), *problem.ref[1:], problem.mask.view(-1), None)
-    options = (torch.arange(4, 12, device=device), 1.0, None, 0.3, torch.float32, torch.float32, 5, False)
-    torch.library.opcheck(ops.linear_divergence_op, (*tensors, *options, True, backend, ""))
-    result, statistics, _ = ops.linear_divergence_op(*tensors, *options, False, backend, "")
-    torch.library.opcheck(ops.linear_divergence_backward_op, (result, statistics, *tensors, *options, True, True, True, backend, ""))
+    policy, ref = (Head(h.flatten(0, 1), w, b, torch.float32) for h, w, b in (problem.policy, problem.ref))
+    rows = torch.arange(4, 12, device=device)
+    forward = (policy, ref, Work(rows, False, 5), ops.Comparison(problem.mask.view(-1), None, 1.0, None, 0.3, backend))
+    opcheck(ops.linear_divergence_op, *forward, True)
+    found = ops.linear_divergence_op(*forward, False)
+    opcheck(ops.linear_divergence_backward_op, *forward, found.statistics, found.divergence, Needs(True, True, True))
 
 
 def test_autocast_does_not_lower_the_precision(backend, device):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern as rk
 from rlkern import reference
-from rlkern.ops import linear
+from rlkern.ops import products
 
 from .judge import HEADROOM, assert_accurate, error
 from .ranks import on_ranks
@@ -182,7 +182,7 @@ def test_a_divided_head_is_exact_by_default():
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_products_on_a_cpu(shape, out_dtype, accumulate, monkeypatch):
-    monkeypatch.setattr(linear, "BLOCK", 64)  # several blocks
+    monkeypatch.setattr(products, "BLOCK", 64)  # several blocks
     n, k, m = shape
     for dtypes in (
         (torch.bfloat16, torch.bfloat16),
@@ -194,7 +194,7 @@ def test_products_on_a_cpu(shape, out_dtype, accumulate, monkeypatch):
         held = torch.randn(n, m).to(out_dtype)
         exact = a.double() @ b.double() + (held.double() if accumulate else 0)
         out = held.clone() if accumulate else torch.full_like(held, torch.nan)  # which is not read
-        linear.product(a, b, out, accumulate=accumulate)
+        products.product(a, b, out, accumulate=accumulate)
         assert_accurate(out, exact, exact.to(out_dtype), k=1.01 * ROUNDING, eps=2e-6 * max(1, k) ** 0.5)
 
 
@@ -217,10 +217,10 @@ def test_products_of_a_device_with_tensor_cores(dtype):
     a, b, out = (torch.empty(4, 4, dtype=d, device="meta") for d in (dtype, dtype, torch.float32))
     for accumulate in (False, True):
         with Recorded() as recorded:
-            linear.product(a, b, out, accumulate=accumulate)
+            products.product(a, b, out, accumulate=accumulate)
         assert recorded.calls == [("aten.addmm.dtype_out", [torch.float32, dtype, dtype, torch.float32], int(accumulate))]
     with Recorded() as recorded:
-        linear.product(a, b, a)
+        products.product(a, b, a)
     assert recorded.calls == [("aten.addmm.out", [dtype] * 4, 0)]
 
 

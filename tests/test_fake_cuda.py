@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern as rk
-from rlkern.ops.linear import product
 from rlkern.ops.logits import Rows, Statistics
+from rlkern.ops.products import product
 
 N, V, H = 6, 40, 16
 CUDA = torch.device("cuda", 0)
@@ -277,4 +277,4 @@ def test_what_would_fail(launches):
         with pytest.raises(RuntimeError, match="out_dtype must be the same"):
             product(x.data(2, 2), x.data(2, 2), x.data(2, 2, dtype=torch.bfloat16))
         with pytest.raises(AssertionError, match="_kernel"):
-            Rows(x.ids.cpu(), None, None, 1.0, None, "triton").statistics(x.logits, Statistics.empty(x.logits, (N,), False))
+            Rows(x.ids.cpu(), None, None, 1.0, None, "triton").statistics(x.logits, Statistics.empty(x.logits.dtype, (N,), x.logits.device, False))

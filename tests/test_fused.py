@@ -13,10 +13,13 @@ from rlkern import reference
 from rlkern._backend import INTERPRETED
 from rlkern.config import AGGREGATIONS, KL_ESTIMATORS, RATIO_LEVELS
 from rlkern.ops import fused as fused_ops
+from rlkern.ops import head as head_ops
 from rlkern.ops import linear as linear_ops
+from rlkern.ops.head import ALL_KEPT, Head, Needs, Work
+from rlkern.ops.logits import Rows, Saved, Slopes
 from rlkern.surrogates import SURROGATES
 
-from .judge import assert_accurate, rounding
+from .judge import assert_accurate, opcheck, rounding
 
 Config = rk.PolicyLossConfig
 PRESETS = ["ppo", "grpo", "dapo", "dr_grpo", "bnpo", "luspo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo", "reinforce"]
@@ -444,25 +447,18 @@ def test_compile(backend, device, config):
 
 def test_opcheck(backend, device):
     problem = Problem(torch.float32, device=device)
-    h, w, b = problem.hidden.view(-1, H), problem.weight, problem.bias
-    ids, live, rows = problem.ids.flatten(), problem.mask.flatten(), torch.arange(4, 12, device=device)
-    common = (1.0, 30.0, torch.float32, 5)
-    torch.library.opcheck(linear_ops.linear_logprobs_op, (h, w, b, ids, live, None, rows, None, None, *common, True, True, False, True, backend, ""))
-    lp, entropy, row_max, log2_sum, _ = linear_ops.linear_logprobs_op(
-        h, w, b, ids, live, None, None, None, None, *common, True, False, False, True, backend, ""
-    )
-    torch.library.opcheck(
-        linear_ops.linear_logprobs_backward_op,
-        (lp, entropy, h, w, b, ids, live, None, None, None, None, entropy, row_max, log2_sum, *common, True, True, True, False, backend, ""),
-    )
-    terms = [problem.old.flatten(), problem.advantages.flatten(), None, None, None, None, torch.ones(18, device=device), None]
-    torch.library.opcheck(
-        linear_ops.linear_policy_gradients_op,
-        (h, w, b, ids, live, None, None, None, None, *terms, Config().text, *common, True, True, True, True, False, True, backend, ""),
-    )
-    options = (Config().text, 1.0, None, True, True, backend)
-    torch.library.opcheck(fused_ops.policy_gradients_op, (problem.logits(), ids, live, None, *terms, *options))
-    torch.library.opcheck(fused_ops.policy_gradients_inplace_op, (problem.logits(), ids, live, None, *terms, *options))
+    head = Head(problem.hidden.view(-1, H), problem.weight, problem.bias, torch.float32)
+    rows = Rows(problem.ids.flatten(), problem.mask.flatten() != 0, None, 1.0, 30.0, backend)
+    some, all_rows = Work(torch.arange(4, 12, device=device), True, 5), Work(None, False, 5)
+    opcheck(linear_ops.linear_logprobs_op, head, some, ALL_KEPT, rows, True, True, True)
+    found = linear_ops.linear_logprobs_op(head, all_rows, ALL_KEPT, rows, True, False, True)
+    needs, slopes = Needs(True, True, True), Slopes(found.logprob, found.entropy)
+    opcheck(linear_ops.linear_logprobs_backward_op, head, all_rows, ALL_KEPT, rows, slopes, Saved(*found[1:4]), needs)
+    terms = fused_ops.PolicyRows(problem.old.flatten(), problem.advantages.flatten(), None, None, None, None)
+    weights = fused_ops.Weights(torch.ones(18, device=device), None)
+    opcheck(linear_ops.linear_policy_gradients_op, head, all_rows, ALL_KEPT, rows, terms, weights, Config(), True, needs, True)
+    opcheck(fused_ops.policy_gradients_op, problem.logits(), rows, terms, weights, Config(), True, True)
+    opcheck(fused_ops.policy_gradients_inplace_op, problem.logits(), rows, terms, weights, Config(), True, True)
 
 
 def test_memory_does_not_grow_with_the_rows():
@@ -491,7 +487,7 @@ def test_memory_does_not_grow_with_the_rows():
 def test_frozen_head_multiplies_less():
     problem = Problem(bias=False)
     products = []
-    original = linear_ops.product
+    original = head_ops.product
 
     def counted(a, b, out, **named):
         products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -501,7 +497,7 @@ def test_frozen_head_multiplies_less():
     mask = torch.ones(SHAPE)
     expected = {"nothing": 1, "frozen": 2, "in-forward": 3, "recompute": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_ops, "product", counted)
+        patch.setattr(head_ops, "product", counted)
         for name, units in expected.items():
             products.clear()
             hidden = problem.hidden.clone().requires_grad_(name != "nothing")

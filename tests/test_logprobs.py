@@ -11,7 +11,7 @@ import rlkern as rk
 from rlkern import reference
 from rlkern.ops import logits as ops
 
-from .judge import assert_accurate, rounding
+from .judge import assert_accurate, opcheck, rounding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -329,12 +329,12 @@ def test_compile_inplace_backward(backend, device):
 def test_opcheck(backend, device):
     logits, ids = torch.randn(3, 4, 50, device=device), torch.randint(50, (3, 4), device=device)
     mask, temperature = torch.ones(3, 4, device=device), torch.full((3, 4), 0.7, device=device)
-    forward = (logits, ids, mask, temperature, 1.0, 30.0, True, True, backend, "")
-    torch.library.opcheck(ops.token_logprobs_op, forward)
-    _, entropy, row_max, log2_sum = ops.token_logprobs_op(*forward)
-    backward = (torch.randn(3, 4, device=device), None, logits, ids, mask, temperature, entropy, row_max, log2_sum, 1.0, 30.0, backend, "")
-    torch.library.opcheck(ops.token_logprobs_backward_op, backward)
-    torch.library.opcheck(ops.token_logprobs_backward_inplace_op, backward)
+    rows = ops.Rows(ids, mask, temperature, 1.0, 30.0, backend)
+    opcheck(ops.token_logprobs_op, logits, rows, True, True)
+    found = ops.token_logprobs_op(logits, rows, True, True)
+    backward = (logits, rows, ops.Slopes(torch.randn(3, 4, device=device), None), found.for_gradient)
+    opcheck(ops.token_logprobs_backward_op, *backward)
+    opcheck(ops.token_logprobs_backward_inplace_op, *backward)
 
 
 def test_autocast_does_not_lower_the_precision(backend, device):

@@ -12,11 +12,11 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import config as config_module
 from rlkern import reference
-from rlkern.ops import tokens
-from rlkern.ops.policy import policy_loss_op
+from rlkern.ops.policy import Tokens, policy_loss_op
+from rlkern.ops.triton_backend import layout as tokens
 from rlkern.surrogates import SURROGATES
 
-from .judge import assert_accurate, error
+from .judge import assert_accurate, error, opcheck
 
 Config = rk.PolicyLossConfig
 INTERPRETED = not torch.cuda.is_available()
@@ -491,7 +491,7 @@ def test_gradcheck(case, device):
 def test_opcheck(packed, backend, device):
     batch = make_batch(device).to(torch.float32)
     batch = pack(batch) if packed else batch
-    torch.library.opcheck(policy_loss_op, (*batch[:-1], None, batch.cu_seqlens, True, True, Config.gspo(kl_coef=0.1).text, backend))
+    opcheck(policy_loss_op, Tokens(*batch[:-1], None, batch.cu_seqlens), Config.gspo(kl_coef=0.1), True, True, backend)
 
 
 @pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's own code does not compile without vector instructions")

@@ -12,8 +12,9 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import reference
 from rlkern.ops import scan as ops
+from rlkern.ops.triton_backend.scan import TileConfig
 
-from .judge import assert_accurate, error
+from .judge import assert_accurate, error, opcheck
 
 nan = math.nan
 
@@ -21,7 +22,7 @@ nan = math.nan
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 2 rows x 16 steps, so that short rows need several: the interpreter walks every lane of a tile."""
-    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=2, lanes=4, warps=1)))
+    monkeypatch.setattr(TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=2, lanes=4, warps=1)))
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -119,7 +120,7 @@ def test_long_rows_on_the_cpu():
 @pytest.fixture
 def many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that a few rows leave idle, and tiles of 4 steps."""
-    monkeypatch.setattr(ops.TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=1, lanes=1, warps=1)))
+    monkeypatch.setattr(TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=1, lanes=1, warps=1)))
     monkeypatch.setattr(ops, "multiprocessors", lambda x: 132)
 
 
@@ -424,14 +425,15 @@ def test_whitening_next_to_nothing(shape, backend, device):
 def test_opcheck(backend, device):
     r, v, lp, old, final = (numbers(2, 9, dtype=torch.float32).to(device) for _ in range(5))
     flags = [some(2, 9).to(device) for _ in range(3)]
-    rates = (0.9, 0.8, 1.0, 1.0, False)
-    none = (None,) * 8
-    torch.library.opcheck(ops.lambda_returns, (r, v, lp, old, flags[0], final, *flags[1:], *(None,) * 4, *rates, True, True, True, backend))
-    torch.library.opcheck(ops.lambda_returns, (r, None, *none, None, None, *rates, False, False, True, backend))
+    rates, none = ops.Numbers(0.9, 0.8, 1.0, 1.0), ops.Sequences(None, None, None, None)
+    everything, nothing = ops.ScanOptions(False, True, True), ops.ScanOptions(False, False, False)
+    opcheck(ops.lambda_returns, ops.Steps(r, v, lp, old, flags[0], final, *flags[1:]), none, rates, everything, True, backend)
+    opcheck(ops.lambda_returns, ops.Steps(r, *(None,) * 7), none, rates, nothing, True, backend)
     cu_seqlens = torch.tensor([0, 4, 9], device=device)
     last = numbers(2, dtype=torch.float32).to(device)
-    torch.library.opcheck(ops.lambda_returns, (r[0], v[0], *none[:6], last, cu_seqlens, last, last, *rates, True, True, True, backend))
-    torch.library.opcheck(ops.normalise, (r, flags[0], torch.tensor([18.0, 1.0, 20.0], dtype=torch.float64, device=device), 1e-8, backend))
+    sequences = ops.Sequences(last, cu_seqlens, last, last)
+    opcheck(ops.lambda_returns, ops.Steps(r[0], v[0], *(None,) * 6), sequences, rates, everything, True, backend)
+    opcheck(ops.normalise, r, flags[0], torch.tensor([18.0, 1.0, 20.0], dtype=torch.float64, device=device), 1e-8, backend)
 
 
 @pytest.mark.usefixtures("small_tiles")

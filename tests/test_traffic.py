@@ -12,7 +12,7 @@ from torch import Tensor
 import rlkern as rk
 from bench.traffic import Traffic, traffic
 from rlkern.ops.divergence import Comparison
-from rlkern.ops.fused import SCALE_PROGRAMS
+from rlkern.ops.triton_backend.logits import SCALE_PROGRAMS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in Triton's interpreter, which does not run on a GPU machine")
 

@@ -10,10 +10,10 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import reference
 from rlkern.config import AGGREGATIONS
-from rlkern.ops import tokens
-from rlkern.ops.value import value_loss_op
+from rlkern.ops.triton_backend import layout as tokens
+from rlkern.ops.value import ValueOptions, Values, value_loss_op
 
-from .judge import assert_accurate
+from .judge import assert_accurate, opcheck
 
 INTERPRETED = not torch.cuda.is_available()
 nan = math.nan
@@ -153,8 +153,8 @@ def test_second_derivative_is_an_error(backend, device):
 @pytest.mark.parametrize("layout", [dict, packed])
 def test_opcheck(layout, backend, device):
     x = layout(batch(device, torch.float32))
-    tensors = (x["values"], x["old_values"], x["returns"], x["mask"], None, x.get("cu_seqlens"))
-    torch.library.opcheck(value_loss_op, (*tensors, 0.2, "seq-mean-token-mean", 5.0, True, backend))
+    values = Values(x["values"], x["old_values"], x["returns"], x["mask"], None, x.get("cu_seqlens"))
+    opcheck(value_loss_op, values, ValueOptions(0.2, "seq-mean-token-mean", 5.0), True, backend)
 
 
 def test_torch_compile(backend, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlkern.losses import token_weights
+from rlkern._token_inputs import token_weights
 
 
 def aggregate(loss: Tensor, mask: Tensor, aggregation: str, *, normalizer: float | Tensor | None = None, max_length: float | None = None) -> Tensor:

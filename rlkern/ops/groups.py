@@ -64,12 +64,12 @@ def group_advantages(
         advantages = advantages / ((spread.square().sum() / (everywhere - 1)).sqrt() + eps)
     if given is None:
         advantages = torch.where(count > 1, advantages, r if singleton == "raw" else torch.zeros_like(r))
-    return advantages.masked_fill(~scorable, 0).to(state_dtype(rewards))
+    return advantages.masked_fill(~scorable, 0).to(state_dtype(rewards.dtype))
 
 
 @fake_of(group_advantages)
 def _(rewards: Tensor, *args: object) -> Tensor:
-    return torch.empty(rewards.shape, dtype=state_dtype(rewards), device=rewards.device)
+    return torch.empty(rewards.shape, dtype=state_dtype(rewards.dtype), device=rewards.device)
 
 
 def warn_of_nan(rewards: Tensor) -> None:

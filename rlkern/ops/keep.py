@@ -1,4 +1,4 @@
-"""Logits restricted to the tokens that the sampler kept (its top-k and top-p support): -inf elsewhere. Triton launcher and PyTorch path."""
+"""Logits restricted to the tokens that the sampler kept (its top-k and top-p support): -inf elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backend import device_of
-from .logits import as_rows, locate
+from .backends import backend_of
 from .operators import fake_of, operator
 
 
@@ -18,32 +17,8 @@ def restrict_into(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tenso
 
     Row i of them keeps ``token_ids[offsets[j] : offsets[j + 1]]``, with j = rows[i], or i where ``rows`` is None.
     """
-    if not out.numel():
-        return
-    if backend == "triton":
-        _triton_restrict(out, logits, offsets, token_ids, rows)
-    else:
-        starts, ends = (t if rows is None else t[rows] for t in (offsets[:-1].long(), offsets[1:].long()))
-        counts = ends - starts
-        row = torch.arange(out.shape[0], device=out.device).repeat_interleave(counts)
-        first = counts.cumsum(0) - counts
-        column = token_ids[(starts - first)[row] + torch.arange(row.numel(), device=out.device)].long()
-        inside = (column >= 0) & (column < out.shape[1])
-        row, column = row[inside], column[inside]
-        x = as_rows(logits)
-        outer, inner = locate(x, row)
-        out.fill_(-torch.inf)
-        out[row, column] = x[outer, inner, column]
-
-
-def _triton_restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tensor, rows: Tensor | None) -> None:
-    from ..kernels import logits as kernels
-
-    x = as_rows(logits)
-    with device_of(x):
-        kernels.restrict_kernel[(out.shape[0],)](
-            x, out, offsets, token_ids, rows, out.shape[1], x.shape[1], x.stride(0), x.stride(1), BLOCK=1024, num_warps=4
-        )
+    if out.numel():
+        backend_of(backend).restrict(out, logits, offsets, token_ids, rows)
 
 
 def supported(ids: Tensor, offsets: Tensor, token_ids: Tensor) -> Tensor:

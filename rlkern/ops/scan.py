@@ -1,17 +1,15 @@
-"""Advantages and returns by one reverse linear recurrence over time (GAE, TD(lambda), V-trace): Triton launcher and PyTorch path."""
+"""Advantages and returns by one reverse linear recurrence over time (GAE, TD(lambda), V-trace). The work is the backends'."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._backend import device_of, multiprocessors
-from .._checks import check_cu_seqlens, state_dtype
+from .._checks import check_cu_seqlens
+from .backends import backend_of
 from .operators import fake_of, operator
-from .select import bits
 
 
 class Steps(NamedTuple):
@@ -43,324 +41,76 @@ class Numbers(NamedTuple):
     c_clip: float
 
 
-def result_dtype(rewards: Tensor, values: Tensor | None) -> torch.dtype:
+class ScanOptions(NamedTuple):
+    decay: bool  # through masked steps, which are otherwise skipped
+    with_advantages: bool
+    with_moments: bool
+
+
+class Advantages(NamedTuple):
+    """Of the shape of the rewards, advantages empty where not wanted; and of the advantages at valid steps, in float64, the number, sum and sum of
+    squares, empty where not wanted."""
+
+    advantages: Tensor
+    returns: Tensor
+    moments: Tensor
+
+    @classmethod
+    def empty(cls, steps: Steps, options: ScanOptions) -> Advantages:
+        """Unfilled."""
+        rewards, dtype = steps.rewards, result_dtype(steps)
+        return cls(
+            rewards.new_empty(rewards.shape if options.with_advantages else 0, dtype=dtype),
+            rewards.new_empty(rewards.shape, dtype=dtype),
+            rewards.new_zeros(3 if options.with_moments else 0, dtype=torch.float64),
+        )
+
+
+def result_dtype(steps: Steps) -> torch.dtype:
     """float64 if the rewards or the values are, float32 otherwise."""
-    return state_dtype(rewards if values is None or values.dtype != torch.float64 else values)
+    wide = any(x is not None and x.dtype == torch.float64 for x in (steps.rewards, steps.values))
+    return torch.float64 if wide else torch.float32
+
+
+def as_steps(x: Tensor) -> Tensor:
+    """``[..., time]`` as ``[rows, time]``, in place where the last dimension has unit stride and the others one stride between them."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @operator("lambda_returns")
-def lambda_returns(
-    rewards: Tensor,
-    values: Tensor | None,
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    mask: Tensor | None,
-    next_values: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gammas: Tensor | None,
-    lams: Tensor | None,
-    gamma: float,
-    lam: float,
-    rho_clip: float,
-    c_clip: float,
-    decay: bool,
-    with_advantages: bool,
-    with_moments: bool,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages, returns, moments) of the shape of the rewards; advantages are empty unless ``with_advantages``; moments, float64, unless
-    ``with_moments``: number, sum and sum of squares of the advantages at valid steps.
-
-    Without values V = 0; with log-probs the V-trace corrections; ``gammas`` and ``lams``, one for each sequence, take the place of the numbers.
-    """
-    if validate and cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, rewards.numel(), like=rewards, validate=True)
-    dtype = result_dtype(rewards, values)
-    moments = torch.zeros(3 if with_moments else 0, dtype=torch.float64, device=rewards.device)
+def lambda_returns(steps: Steps, sequences: Sequences, numbers: Numbers, options: ScanOptions, validate: bool, backend: str) -> Advantages:
+    """Without values V = 0; with log-probs the V-trace corrections; ``sequences.gammas`` and ``lams`` take the place of the numbers."""
+    rewards = steps.rewards
+    if validate and sequences.cu_seqlens is not None:
+        check_cu_seqlens(sequences.cu_seqlens, rewards.numel(), like=rewards, validate=True)
+    out = Advantages.empty(steps, options)
     if rewards.numel() == 0:
-        return rewards.new_empty(rewards.shape if with_advantages else 0, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype), moments
-    steps = (rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
-    sequences = (last_values, cu_seqlens, gammas, lams)
-    run = _triton if backend == "triton" else _torch
-    advantages, returns = run(
-        Steps(*(None if x is None else _rows(x) for x in steps)),  # type: ignore[arg-type]
-        Sequences(*(None if x is None else x.reshape(-1).contiguous() for x in sequences)),
-        Numbers(gamma, lam, rho_clip, c_clip),
-        decay,
-        with_advantages,
-        dtype,
-        moments,
+        return out
+    advantages, returns = backend_of(backend).lambda_returns(
+        Steps._make(None if x is None else as_steps(x) for x in steps),
+        Sequences._make(None if x is None else x.reshape(-1).contiguous() for x in sequences),
+        numbers,
+        options,
+        out.moments,
     )
-    return returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), moments
+    return Advantages(out.advantages if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), out.moments)
 
 
 @fake_of(lambda_returns)
-def _(rewards: Tensor, values: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    returns = rewards.new_empty(rewards.shape, dtype=result_dtype(rewards, values))
-    with_advantages, with_moments = args[-4:-2]
-    moments = rewards.new_empty(3 if with_moments else 0, dtype=torch.float64)
-    return torch.empty_like(returns) if with_advantages else returns.new_empty(0), returns, moments
+def _(steps: Steps, sequences: Sequences, numbers: Numbers, options: ScanOptions, validate: bool, backend: str) -> Advantages:
+    return Advantages.empty(steps, options)
 
 
 @operator("normalise")
 def normalise(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: float, backend: str) -> Tensor:
     """(A - mean) / sqrt(var + eps) of contiguous advantages, 0 where masked; Bessel's variance, from the moments of :func:`lambda_returns`."""
     out = torch.empty_like(advantages)
-    if advantages.numel() == 0:
-        return out
-    if backend == "triton":
-        from ..kernels import scan as kernels
-
-        flags = None if mask is None else _rows(mask)
-        with device_of(out):
-            kernels.normalise_kernel[(-(-out.numel() // NORMALISED),)](
-                advantages,
-                flags.view(torch.uint8) if flags is not None and flags.dtype == torch.bool else flags,
-                moments,
-                out,
-                0 if flags is None else flags.stride(0),
-                out.shape[-1],
-                out.numel(),
-                eps,
-                BLOCK=NORMALISED,
-                num_warps=4,
-            )
-        return out
-    count, total, squares = moments.unbind()
-    mean = total / count.clamp(min=1)
-    scale = ((squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1) + eps).rsqrt()
-    torch.sub(advantages, mean.to(out.dtype), out=out).mul_(scale.to(out.dtype))
-    return out if mask is None else out.masked_fill_(mask == 0, 0)
+    if advantages.numel():
+        backend_of(backend).normalise(advantages, mask, moments, eps, out)
+    return out
 
 
 @fake_of(normalise)
-def _(advantages: Tensor, *args: object) -> Tensor:
+def _(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: float, backend: str) -> Tensor:
     return torch.empty_like(advantages)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., time]`` as ``[rows, time]``, in place where the last dimension has unit stride and the others one stride between them."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-# ---- Triton ---------------------------------------------------------------------------------------------------------------------------------
-
-NORMALISED = 1024  # elements a program
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """A program scans ``rows`` rows at once, ``lanes`` times 4 steps at a time."""
-
-    rows: int
-    lanes: int
-    warps: int
-
-    @classmethod
-    def of(cls, length: int, heavy: bool) -> TileConfig:
-        """By the length of a row (packed: the mean), rounded up to a power of 2. ``heavy``: with 8 steps a thread, registers would spill."""
-        lanes = min(128 if heavy else 512, max(4, 1 << (-(-length // 4) - 1).bit_length()))
-        rows = max(1, (128 if heavy else 256) // lanes)
-        return cls(rows=rows, lanes=lanes, warps=rows * lanes // (32 if heavy else 64))
-
-
-def _triton(
-    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype, moments: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    from ..kernels import scan as kernels
-
-    returns = torch.empty(steps.rewards.shape, dtype=dtype, device=steps.rewards.device)
-    advantages = torch.empty_like(returns) if with_advantages else None
-    if sequences.cu_seqlens is None:
-        rows, length = steps.rewards.shape
-        strides, mean_length = [0 if x is None else x.stride(0) for x in steps], length
-    else:
-        rows, length = sequences.cu_seqlens.numel() - 1, 1  # the kernel's rows begin at tokens, which lie one apart
-        strides, mean_length = [1] * len(steps), steps.rewards.numel() // max(rows, 1)
-    config = TileConfig.of(mean_length, heavy=steps.logprobs is not None or dtype == torch.float64)
-    tile = 4 * config.lanes
-    # Few long rows leave most of the GPU idle: split them, though that reads the inputs twice. The state of V-trace, or of a truncation without
-    # next_values, is more than the one number that is handed on between the parts. Packed, one sequence may have all the tokens.
-    one_number = steps.logprobs is None and (steps.truncated is None or steps.next_values is not None)
-    split = one_number and mean_length >= 8 * tile and rows < multiprocessors(returns)
-    chunks = -(-steps.rewards.shape[1] // tile) if split else 1
-    summary = returns.new_empty(rows, chunks, 2) if split else None
-    programs = -(-rows // config.rows) * chunks
-    partial = moments.new_empty(programs, 3) if len(moments) else None
-    with device_of(returns):
-        for summarise in (False,) if summary is None else (True, False):
-            kernels.lambda_returns_kernel[(programs,)](
-                *(x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in steps),
-                *strides,
-                *sequences,
-                advantages,
-                returns,
-                summary,
-                partial,
-                rows,
-                length,
-                chunks,
-                *numbers,
-                DECAY=decay,
-                ROWS=config.rows,
-                LANES=config.lanes,
-                CHUNKS=1 << (chunks - 1).bit_length(),
-                SUMMARISE=summarise,
-                num_warps=config.warps,
-            )
-    if partial is not None:
-        moments.copy_(partial.sum(0))
-    return advantages, returns
-
-
-# ---- PyTorch --------------------------------------------------------------------------------------------------------------------------------
-
-# Steps between carries: a scan is about CHUNK + length / CHUNK vector operations for a length up to CHUNK^2, and CHUNK more beyond.
-CHUNK = 64
-
-
-def reverse_scan_(f: float | Tensor, x: Tensor) -> Tensor:
-    """Overwrites ``x [rows, time]`` with y_t = x_t + f_t y_{t+1}, y = 0 beyond the end. ``f`` is a number or broadcasts to ``x``.
-
-    The chunks of all rows advance together, a step at a time; what each hands to the one before it is a scan again, over the chunks.
-    Chunks are counted from the end, and no product is fused with a sum, so the last n steps come out bitwise the same whatever number of steps lies
-    before them. Where f is 0 nothing passes, not even a NaN.
-    """
-    if not isinstance(f, Tensor) and f == 0:
-        return x
-    rows, time = x.shape
-    chunks, size = -(-time // CHUNK), min(time, CHUNK)
-    by_step = _by_step(x, chunks, size)
-    y = by_step.unbind()
-    product = torch.empty_like(y[0])
-    # What leads from each step to the next, and later to the end of its chunk; and the bits of where that is not 0: ANDed with a product they stop a
-    # NaN, as multiplying by 0 would not.
-    through: Tensor
-    passing: Tensor | None = None
-    if isinstance(f, Tensor):
-        through = _by_step(f.expand(rows, time), chunks, size)
-        passing = bits(through != 0, x.dtype)
-        factors, passes = through.unbind(), passing.unbind()
-    else:
-        through = torch.pow(f, torch.arange(size, 0, -1, dtype=torch.float64, device=x.device)).to(x.dtype)[:, None]
-        factors = (torch.full((), f, dtype=x.dtype, device=x.device),) * size
-
-    for t in range(size - 2, -1, -1):
-        torch.mul(y[t + 1], factors[t], out=product)
-        if passing is not None:
-            product.view(passing.dtype).bitwise_and_(passes[t])
-        y[t].add_(product)
-        if passing is not None:
-            factors[t].mul_(factors[t + 1])
-            passes[t].bitwise_and_(passes[t + 1])
-    if chunks > 1:
-        # In float64, which costs nothing here, so that the error does not grow with the number of chunks.
-        across = f**size if passing is None else through[0].view(rows, chunks).double()
-        heads = reverse_scan_(across, y[0].view(rows, chunks).to(torch.float64, copy=True))
-        carry = torch.nn.functional.pad(heads[:, 1:], (0, 1)).to(x.dtype).view(1, -1)
-        carried = torch.mul(through, carry, out=x.view(size, -1) if time % size == 0 else None)  # x is a copy by now
-        if passing is not None:
-            carried.view(passing.dtype).bitwise_and_(passing)
-        by_step.add_(carried)
-    if time % size == 0:
-        x.view(-1, size).copy_(by_step.t())
-    else:
-        x.copy_(by_step.t().reshape(rows, -1)[:, -time:])
-    return x
-
-
-def _by_step(x: Tensor, chunks: int, size: int) -> Tensor:
-    """``[rows, time]`` copied to ``[size, rows * chunks]``, so that a step of every chunk is contiguous; zeros before the beginning."""
-    padding = chunks * size - x.shape[1]
-    if padding:
-        x = torch.nn.functional.pad(x, (padding, 0))
-    return x.reshape(-1, size).t().clone(memory_format=torch.contiguous_format)
-
-
-def _valid_last(valid: Tensor) -> Tensor:
-    """Where each step of ``[rows, time]`` goes for the valid ones to lie together at the end, in their order; the others all go to the front."""
-    place = valid.cumsum(1)
-    return place.add_(valid.shape[1] - 1 - place[:, -1:].clone()).mul_(valid)
-
-
-def _torch(
-    steps: Steps, sequences: Sequences, numbers: Numbers, decay: bool, with_advantages: bool, dtype: torch.dtype, moments: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """As the kernel, over whole tensors; packed tokens are one row, cut at the ends of its sequences.
-
-    Where masked steps are to be skipped, the valid ones first move together to the end of their row, and get what they would on their own. What the
-    others hold then lies before them, where the scan comes to it last.
-    """
-    rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated = steps
-    last_values, cu_seqlens, gammas, lams = sequences
-    device, (rows, time) = rewards.device, rewards.shape
-    valid = None if mask is None else mask != 0
-    place = None if valid is None or decay else _valid_last(valid)
-
-    def load(x: Tensor, as_dtype: torch.dtype = dtype) -> Tensor:
-        x = x != 0 if as_dtype == torch.bool else x.to(as_dtype)
-        if place is not None:
-            return torch.zeros_like(x).scatter_(1, place, x)
-        return x if valid is None else x.masked_fill(~valid, 0)
-
-    def finish(x: Tensor) -> Tensor:
-        if place is not None:
-            x = x.gather(1, place)
-        return x if valid is None else x.masked_fill_(~valid, 0)
-
-    ends = torch.zeros(1, time, dtype=torch.bool, device=device)
-    ends[:, -1] = True
-    sequence = None
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=time)
-        if place is not None:
-            sequence = torch.zeros_like(sequence).scatter_(0, place[0], sequence)
-        ends[0, :-1] = sequence[1:] != sequence[:-1]
-
-    def by_sequence(x: Tensor) -> Tensor:
-        """One number a sequence, so that it broadcasts over ``[rows, time]``."""
-        return x.to(dtype)[:, None] if sequence is None else x.to(dtype)[sequence][None]
-
-    r = load(rewards)
-    v = torch.zeros_like(r) if values is None else load(values)
-    beyond = r.new_zeros(1, 1) if last_values is None else by_sequence(last_values)
-    v_next = torch.cat([v[:, 1:], beyond[:, -1:].expand(rows, 1)], 1)
-    cuts = []
-    if sequence is not None or last_values is not None:
-        cuts.append(ends)
-        v_next = torch.where(ends, beyond, v_next)
-    if truncated is not None:
-        cuts.append(load(truncated, torch.bool))
-        v_next = v_next if next_values is None else torch.where(cuts[-1], load(next_values), v_next)
-    if terminated is not None:
-        cuts.append(load(terminated, torch.bool))
-        v_next = v_next.masked_fill(cuts[-1], 0)
-
-    g: float | Tensor = numbers.gamma if gammas is None else by_sequence(gammas)
-    f: float | Tensor = g * (numbers.lam if lams is None else by_sequence(lams))
-    for cut in cuts:
-        f = torch.where(cut, r.new_zeros(()), f)
-    if logprobs is None or old_logprobs is None:
-        y = reverse_scan_(f, v_next.mul_(g - f).add_(r))
-        advantages = y - v if with_advantages else None
-    else:
-        ratio = torch.exp(load(logprobs) - load(old_logprobs))
-        rho, f_c = ratio.clamp(max=numbers.rho_clip), f * ratio.clamp(max=numbers.c_clip)
-        y = reverse_scan_(f_c, v + rho * (r + g * v_next - v) - f_c * v_next)
-        y_next = torch.cat([y[:, 1:], y.new_zeros(rows, 1)], 1)
-        for cut in cuts:
-            y_next = y_next.masked_fill(cut, 0)  # f is 0 there, but 0 times NaN is not
-        advantages = rho * (r + (g - f) * v_next + f * y_next - v)
-    if advantages is not None:
-        advantages = finish(advantages)
-        if len(moments):
-            wide = advantages.double()
-            count = wide.new_full((), wide.numel()) if valid is None else valid.sum(dtype=torch.float64)
-            moments.copy_(torch.stack([count, wide.sum(), wide.square().sum()]))
-    return advantages, finish(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 # The latter are deprecated from torch 2.13 on, which has the former.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+LOG2E = 1 / math.log(2.0)
 # Operators take strings, not process groups.
 _GROUPS: dict[str, dist.ProcessGroup] = {}
 

@@ -13,65 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import INF, PolicyLossConfig, bounds
-from ..surrogates import OwnSurrogate, own_surrogate
-from .select import as_number, bits, select, times
-
-
-class Options(NamedTuple):
-    """The numbers of a :class:`PolicyLossConfig` as the terms read them: an option that is absent is neutral."""
-
-    low: float  # of the ratio (clip, cispo), its logarithm (gmpo), p - p_old (dppo_tv), minus the divergence (dppo_kl); -clip_low for users' own
-    high: float
-    ratio_cap: float
-    dual_clip: float
-    tau_pos: float
-    tau_neg: float
-    vespo_k_pos: float
-    vespo_lambda_pos: float
-    vespo_k_neg: float
-    vespo_lambda_neg: float
-    log_ratio_low: float
-    log_ratio_high: float
-    off_policy_threshold: float
-    kl_coef: float
-    kl_input_low: float
-    kl_input_high: float
-    kl_output_low: float
-    kl_output_high: float
-    entropy_coef: float
-    max_length: float
-
-    @classmethod
-    def of(cls, config: PolicyLossConfig, time: int) -> Options:
-        """``time``: the length of the time dimension, which stands for ``max_length`` where that is None."""
-
-        def or_infinite(x: float | None) -> float:
-            return INF if x is None else x
-
-        center = 1.0 if config.surrogate in ("clip", "cispo") else 0.0
-        low, high = center - or_infinite(config.clip_low), center + or_infinite(config.clip_high)
-        if config.surrogate == "cispo" and config.cispo_cap is not None:
-            low, high = -INF, config.cispo_cap
-        return cls(
-            low,
-            high,
-            or_infinite(config.ratio_cap),
-            or_infinite(config.dual_clip),
-            config.tau_pos,
-            config.tau_neg,
-            config.vespo_k_pos,
-            config.vespo_lambda_pos,
-            config.vespo_k_neg,
-            config.vespo_lambda_neg,
-            *bounds(config.log_ratio_clamp),
-            or_infinite(config.off_policy_threshold),
-            config.kl_coef,
-            *bounds(config.kl_input_clamp),
-            *bounds(config.kl_output_clamp),
-            config.entropy_coef,
-            float(time if config.max_length is None else config.max_length),
-        )
+from ...config import INF, KL_ESTIMATORS, PolicyLossConfig
+from ...surrogates import OwnSurrogate, own_surrogate
+from ..policy import Options
+from ..select import as_number, bits, select, times
 
 
 def outside(x: Tensor, low: float, high: float) -> Tensor | None:
@@ -235,29 +180,6 @@ def no_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> t
     return nowhere(A), nowhere(A), nowhere(A)
 
 
-class Surrogate(NamedTuple):
-    """The parts of a surrogate; those in Triton have the same names in ``kernels/policy.py``."""
-
-    term: Term
-    edges: Edges = no_edges
-    summand: Summand | None = None  # reduced over the sequence by ``reduction`` (see tokens.policy_kernel), the result is the term's log_r
-    reduction: str = ""
-
-
-SURROGATES: dict[str, Surrogate] = {
-    "clip": Surrogate(clip, clip_edges),
-    "cispo": Surrogate(cispo, ratio_edges),
-    "sapo": Surrogate(sapo),
-    "gmpo": Surrogate(gmpo, log_ratio_edges, gmpo_summand, "kept-mean"),
-    "vespo": Surrogate(vespo, no_edges, vespo_summand, "weighted-sum"),
-    "dppo_tv/ratio": Surrogate(dppo_tv_ratio, dppo_tv_edges),
-    "dppo_tv/score": Surrogate(dppo_tv_score, dppo_tv_edges),
-    "dppo_kl/ratio": Surrogate(dppo_kl_ratio, dppo_kl_edges),
-    "dppo_kl/score": Surrogate(dppo_kl_score, dppo_kl_edges),
-    "reinforce": Surrogate(reinforce),
-}
-
-
 @contextmanager
 def autograd_in_operator() -> Iterator[None]:
     """Differentiation as usual inside an operator, which runs below autograd, maybe in inference mode or under somebody's hooks for saved tensors."""
@@ -289,12 +211,21 @@ def own_term(own: OwnSurrogate) -> Term:
     return term
 
 
-def surrogate_of(config: PolicyLossConfig) -> Surrogate:
-    """The surrogate that ``config`` names."""
+class Functions(NamedTuple):
+    """The parts of a surrogate, see :class:`rlkern.surrogates.Surrogate`."""
+
+    term: Term
+    edges: Edges
+    summand: Summand | None
+
+
+def functions_of(config: PolicyLossConfig) -> Functions:
+    """Those of the surrogate that ``config`` names."""
     own = own_surrogate(config.surrogate)
     if own is not None:
-        return Surrogate(own_term(own))
-    return SURROGATES[f"{config.surrogate}/{config.dppo_form}" if config.surrogate.startswith("dppo") else config.surrogate]
+        return Functions(own_term(own), no_edges, None)
+    parts = config.parts
+    return Functions(globals()[parts.term], globals()[parts.edges], globals()[parts.summand] if parts.summand else None)
 
 
 # ---- KL: d = ref - lp -> (value, derivative in d) ----------------------------------------------------------------------------------------------
@@ -329,29 +260,19 @@ def k3_plus(d: Tensor) -> tuple[Tensor, Derivative]:
     return torch.expm1(d) - d, d
 
 
-# In Triton they have the same names in ``kernels/kl.py``.
-ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Derivative]]] = {
-    "k1": k1,
-    "abs": absolute,
-    "abs+": absolute_plus,
-    "k2": k2,
-    "k3": k3,
-    "k1+": k1_plus,
-    "k3+": k3_plus,
-}
-
-
-def kl_penalty(lp: Tensor, ref: Tensor, weight: Tensor | None, estimator: str, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def kl_terms(
+    lp: Tensor, ref: Tensor, weight: Tensor | None, estimator: str, input_limits: tuple[float, float], output_limits: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(KL, d KL / d lp, weight d KL / d weight): input clamp, estimator, times the weight (None: 1), output clamp."""
     d = ref - lp
-    value, slope = ESTIMATORS[estimator](clamp(d, o.kl_input_low, o.kl_input_high))
+    value, slope = globals()[KL_ESTIMATORS[estimator]](clamp(d, *input_limits))
     if not isinstance(slope, Tensor):
         slope = torch.full_like(value, slope)
     if weight is not None:
         value, slope = times(value, weight), times(slope, weight)
-    stopped = (outside(d, o.kl_input_low, o.kl_input_high), outside(value, o.kl_output_low, o.kl_output_high))
+    stopped = (outside(d, *input_limits), outside(value, *output_limits))
     d_lp, d_weight = (zero_where(stopped[1], zero_where(stopped[0], x)) for x in (-slope, value))
-    return clamp(value, o.kl_output_low, o.kl_output_high), d_lp, d_weight
+    return clamp(value, *output_limits), d_lp, d_weight
 
 
 def objective(
@@ -372,7 +293,7 @@ def objective(
     if own_surrogate(config.surrogate) is None:  # ours are multiples of A: where that is 0 they are 0, whatever the rest is
         moves = bits(A != 0, A.dtype)
         read = (select(moves, lp), select(moves, old), select(moves, surrogate_log_r))
-    loss, d_lp, d_own = surrogate_of(config).term(*read, A, o)
+    loss, d_lp, d_own = functions_of(config).term(*read, A, o)
 
     def weighted(x: Derivative) -> Derivative:
         if isinstance(x, Tensor):
@@ -389,7 +310,8 @@ def objective(
             weight = log_r.exp()
         elif config.kl_ratio_weighted == "sampling" and sampling is not None:
             weight = torch.exp(lp - sampling)
-        kl, d_kl, d_weight = kl_penalty(lp, ref, weight, config.kl_estimator, o)
+        limits = (o.kl_input_low, o.kl_input_high), (o.kl_output_low, o.kl_output_high)
+        kl, d_kl, d_weight = kl_terms(lp, ref, weight, config.kl_estimator, *limits)
         if o.kl_coef == 0:  # a metric
             return loss, d_lp, d_log_r, d_own, kl
         loss = loss + o.kl_coef * kl

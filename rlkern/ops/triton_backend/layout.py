@@ -1,4 +1,4 @@
-"""What the losses over tokens share: how a kernel divides the tokens among programs and reads its tensors, and what a sum is divided by."""
+"""How the kernels of losses over tokens divide the tokens among programs and read their tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..reference import sequence_sum
 
 # Two elements a thread: the dozen vector accumulators stay in registers.
 BLOCK, WARPS = 512, 8
@@ -40,7 +38,7 @@ class Layout:
 
     def rows(self, t: Tensor | None) -> Any:
         """``kernels.tokens.Rows`` of a tensor that has the shape of the tokens, or one value for each sequence, or broadcasts."""
-        from ..kernels import tokens
+        from ...kernels import tokens
 
         if t is None:
             return None
@@ -52,17 +50,3 @@ class Layout:
         if t.dim() > 2:
             t = t.reshape(-1, self.time)
         return tokens.Rows(t, t.stride(0), t.stride(1))
-
-
-def divisor(aggregation: str, normalizer: Tensor | None, m: Tensor, cu_seqlens: Tensor | None, max_length: float) -> Tensor:
-    """What the sum of (weighted) losses over the mask ``m`` is divided by. A count of 0 divides by 1."""
-    if normalizer is not None:
-        count = normalizer.to(m.dtype)
-    elif aggregation == "token-mean":
-        count = m.sum()
-    elif aggregation == "sum":
-        count = m.new_ones(())
-    else:
-        count = (sequence_sum(m, cu_seqlens) > 0).sum().to(m.dtype)
-    count = torch.where(count == 0, 1.0, count)
-    return count * max_length if aggregation == "seq-mean-token-sum-norm" else count

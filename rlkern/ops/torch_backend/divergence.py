@@ -1,0 +1,128 @@
+"""Divergences over the vocabulary in PyTorch, over chunks of rows that fit the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..divergence import STATISTICS, Comparison, Divergences, common_dtype
+from ..logits import as_rows, locate, soft_capped
+from ..shards import LOG2E
+from .logits import Chunks, row_scale
+
+_LN2 = math.log(2.0)
+_HIGHEST = 1e30  # stands for inf where it meets a probability of 0
+
+
+def _pairs(
+    logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice | Tensor, int, float | Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Chunks of live rows: (rows, how many, their scale, soft-capped x and y, two buffers, which these may be); a row that is alone comes twice."""
+    chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
+    other = torch.empty_like(chunks.buffer)
+    for rows, raw in chunks:
+        n = raw.shape[0]
+        raw_y = ref[locate(ref, rows)]
+        buffers = chunks.buffer[:n], other[:n]
+        x, y = (soft_capped(t, o.cap, buffer) for t, buffer in zip((raw, raw_y.expand(n, -1)), buffers, strict=True))
+        yield rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, n, dtype), x, y, *buffers
+
+
+def _exponentials(x: Tensor, c: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in ``buffer``, its exponentials, their sum) of soft-capped rows."""
+    m = x.amax(-1, keepdim=True)
+    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer)
+    e = (d * c).exp_()
+    return m, d, e, e.sum(-1, keepdim=True)
+
+
+def _log_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, buffer: Tensor) -> Tensor:
+    """In ``buffer``, from the statistics of soft-capped rows."""
+    return torch.sub(x, m, out=buffer).mul_(c).sub_(log2_sum * _LN2)
+
+
+def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """M = (1 - beta) p + beta q: exactly p where they are equal, and never 0."""
+    return torch.lerp(p, q, beta).add_(torch.finfo(p.dtype).tiny)
+
+
+def _log_ratio(p: Tensor, m: Tensor) -> Tensor:
+    """log p - log M, finite where p is 0."""
+    return p.div(m).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+
+
+def _mixture_terms(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    m = _mixture(p, q, beta)
+    return torch.stack([_log_ratio(x, m).mul_(x).sum(-1) for x in (p, q)], -1)
+
+
+def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: Tensor | None = None) -> Tensor:
+    """``[n, 5]``, see ops/divergence.py; and the terms, where the vocabulary is whole."""
+    first, second = (ref_logits, logits) if o.kind == "reverse" else (logits, ref_logits)
+    states = torch.zeros(logits.shape[:-1].numel(), STATISTICS, dtype=common_dtype(logits.dtype, ref_logits.dtype), device=logits.device)
+    if logits.shape[-1] == 0:
+        states[:, ::2] = torch.tensor([-torch.inf, -torch.inf, 0.0])
+        return states
+    for rows, live, c, x, y, buffer, other in _pairs(first, second, o, o.live(logits), states.dtype):
+        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = _exponentials(x, c, buffer), _exponentials(y, c, other)
+        t = torch.zeros_like(s_p)
+        if o.kind != "jsd":
+            ratio = torch.sub(d, d_q, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+            infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
+            t = torch.where(infinite, torch.inf, e.mul_(ratio).sum(-1, keepdim=True) * c * LOG2E)
+        elif terms is not None:
+            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta)[:live]
+        states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:live]
+    return states
+
+
+def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor) -> Tensor:
+    """``[n, 2]``, see ops/divergence.py."""
+    terms = torch.zeros(logits.shape[:-1].numel(), 2, dtype=statistics.dtype, device=logits.device)
+    if logits.shape[-1] == 0:
+        return terms
+    columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
+    for rows, live, c, x, y, buffer, other in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
+        m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
+        p, q = _log_p(x, m_p, log2_p, c, buffer).exp_(), _log_p(y, m_q, log2_q, c, other).exp_()
+        terms[rows] = _mixture_terms(p, q, o.beta)[:live]
+    return terms
+
+
+def divergence(logits: Tensor, ref_logits: Tensor, o: Comparison, out: Divergences) -> None:
+    """Fill ``out``."""
+    terms = torch.zeros(out.divergence.numel(), 2, dtype=out.divergence.dtype, device=logits.device)
+    o.store(divergence_states(logits, ref_logits, o, terms), out)
+    if o.kind == "jsd":
+        o.store_terms(terms, out)
+
+
+def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comparison, statistics: Tensor, grad: Tensor) -> None:
+    """Fill ``out`` with d loss / d logits."""
+    dx, upstream = as_rows(out), grad.flatten()
+    live = o.live(logits) & (upstream != 0)
+    columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
+    for rows, n, c, x, y, buffer, other in _pairs(logits, ref_logits, o, live, statistics.dtype):
+        m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
+        slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
+        d, d_ref = _log_p(x, m_p, log2_p, c, buffer), _log_p(y, m_q, log2_q, c, other)
+        # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
+        if o.beta == 0:
+            excluded = d == -torch.inf
+            dz = d.exp_().sub_(d_ref.exp_().masked_fill_(excluded, 0.0)).add_(0.0 * log2_q)
+        elif o.beta == 1:
+            ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-_HIGHEST)
+            dz = d.exp_().mul_(ratio.sub_(mean))
+        else:
+            p = d.exp_()
+            dz = p * _log_ratio(p, _mixture(p, d_ref.exp_(), o.beta)).sub_(mean)
+        factor = upstream[rows].unsqueeze(1) * c
+        dz.mul_(factor if o.beta in (0, 1) else factor * (1 - o.beta))
+        if slope is not None:
+            dz.mul_(slope)
+        dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
+    if not bool(live.all()):
+        dx[locate(dx, (~live).nonzero().squeeze(1))] = 0

@@ -1,0 +1,186 @@
+"""Launchers of ``kernels/logits.py``: statistics of rows, their gradient, the loss with its gradient, and what goes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._backend import device_of, multiprocessors
+from ...config import PolicyLossConfig
+from ...kernels import logits as kernels
+from ..fused import PolicyRows, Weights
+from ..logits import Rows, Saved, Slopes, Statistics, as_rows
+from ..policy import Options
+from ..shards import LOG2E, merged
+from .policy import term_functions
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a row of logits is cut: ``block`` columns at a time by ``warps`` warps; ``segment`` columns a program in the forward."""
+
+    block: int
+    segment: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
+        """By the vocabulary and the size of an element alone, never by the number of rows: results must not depend on the batch."""
+        # 16 bytes a thread and load; 8 warps keep the two float32 accumulators of a block in registers.
+        block = min(8192 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
+        return cls(block=block, segment=32768, warps=max(1, min(8, block * itemsize // 1024)), stages=3)
+
+
+@dataclass(frozen=True)
+class LossTiling:
+    """How a row of logits is cut where one program passes over it twice."""
+
+    block: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
+        """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
+        which 1024 threads fill; short ones several."""
+        warp = 64 if torch.version.hip else 32
+        threads = 1024 if vocabulary * itemsize > 96 << 10 else 256
+        block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))  # one load of 16 bytes a thread
+        return cls(block=block, warps=max(1, min(threads, block * itemsize // 16) // warp), stages=3)
+
+
+def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
+    """Fill ``out``."""
+    results = (out.logprob, out.entropy if out.entropy.numel() else None, out.row_max, out.log2_sum)
+    x, arguments, layout = _launch_statistics(logits, rows, results, out.entropy.numel() > 0)
+    if arguments[-1] is not None:
+        n, segments, block = rows.ids.numel(), layout[4], 32
+        with device_of(x):
+            kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), num_warps=1)
+
+
+def states(logits: Tensor, rows: Rows, with_entropy: bool) -> Tensor:
+    """``[n, 4]``, see :meth:`Rows.states`."""
+    _, arguments, _ = _launch_statistics(logits, rows, None, with_entropy)
+    m, s, t = arguments[-1].double().movedim(1, 0).unbind(-1)
+    return rows.with_target(torch.stack(merged(m, s, t, rows.scales(torch.float64) * LOG2E), -1).float(), logits)
+
+
+def _launch_statistics(
+    logits: Tensor, rows: Rows, results: tuple[Tensor | None, ...] | None, with_entropy: bool
+) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """Fill ``results``, or where there are none, or a row has several segments, their states: the last of the arguments, ``[n, segments, 3]`` or
+    None. Gives the rows of logits, and the arguments and the layout that the kernel was launched with."""
+    x, n = as_rows(logits), rows.ids.numel()
+    _, columns, _ = rows.columns(logits)
+    config = RowConfig.of(x.shape[-1], x.element_size())
+    segments = max(1, -(-columns // config.segment))
+    partial = None
+    if results is None:
+        partial = torch.zeros(n, segments, 3, dtype=torch.float32, device=x.device)  # of dead rows too
+    elif segments > 1:
+        partial = torch.empty(n, segments, 3, dtype=torch.float32, device=x.device)
+    arguments = (x, *rows.contiguous(), *(results or (None,) * 4), partial)
+    layout = (columns, x.shape[1], x.stride(0), x.stride(1), segments, rows.scale, rows.cap)
+    with device_of(x):
+        kernels.statistics_kernel[(n * segments,)](
+            *arguments,
+            *layout,
+            ENTROPY=with_entropy,
+            SEGMENT=config.segment,
+            BLOCK=config.block,
+            STAGES=config.stages,
+            num_warps=config.warps,
+        )
+    return x, arguments, layout
+
+
+def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Saved) -> None:
+    """Fill ``out`` with d loss / d logits."""
+    x = as_rows(logits)
+    dx = as_rows(out).view(x.shape)  # a new tensor is of one level, but the kernel splits row numbers once
+    first, columns, total = rows.columns(logits)
+    config = RowConfig.of(x.shape[-1], x.element_size())
+    blocks = -(-columns // config.block)
+    if columns < x.shape[-1]:  # padding of the vocabulary
+        dx[..., columns:] = 0
+    with device_of(x):
+        kernels.backward_kernel[(rows.ids.numel() * blocks,)](
+            x,
+            dx,
+            *rows.contiguous(),
+            *saved,
+            *(None if t is None else t.contiguous() for t in slopes),
+            columns,
+            first,
+            total,
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
+            blocks,
+            rows.scale,
+            rows.cap,
+            BLOCK=config.block,
+            num_warps=config.warps,
+        )
+
+
+def policy_gradients(
+    out: Tensor, logits: Tensor, rows: Rows, terms: PolicyRows, weights: Weights, config: PolicyLossConfig, found: Statistics
+) -> None:
+    """Fill ``out`` with d loss / d logits, and log-prob and entropy of ``found``, in one launch."""
+    x = as_rows(logits)
+    dx = as_rows(out).view(x.shape)
+    vocabulary = x.shape[-1]
+    tiling = LossTiling.of(vocabulary, x.element_size())
+    with device_of(x):
+        kernels.loss_kernel[(rows.ids.numel(),)](
+            x,
+            dx,
+            *rows.contiguous(),
+            *(None if t is None else t.contiguous() for t in (*terms, *weights)),
+            found.logprob,
+            found.entropy if found.entropy.numel() else None,
+            vocabulary,
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
+            rows.scale,
+            rows.cap,
+            Options.of(config, 1),
+            **term_functions(config),
+            BLOCK=tiling.block,
+            STAGES=tiling.stages,
+            num_warps=tiling.warps,
+        )
+
+
+def restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tensor, rows: Tensor | None) -> None:
+    """Fill ``out``, see :func:`rlkern.ops.keep.restrict_into`."""
+    x = as_rows(logits)
+    with device_of(x):
+        kernels.restrict_kernel[(out.shape[0],)](
+            x, out, offsets, token_ids, rows, out.shape[1], x.shape[1], x.stride(0), x.stride(1), BLOCK=1024, num_warps=4
+        )
+
+
+# Of the kernel that multiplies: elements of a row that a program takes at once, and programs on a multiprocessor.
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 8
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, see :func:`rlkern.ops.fused.scale_inplace_op`."""
+    rows = as_rows(x)
+    block = min(SCALE_BLOCK, 1 << (rows.shape[-1] - 1).bit_length())
+    tiles = rows.shape[0] * rows.shape[1] * -(-rows.shape[-1] // block)
+    grid = (min(tiles, SCALE_PROGRAMS * multiprocessors(x)),)
+    with device_of(x):
+        kernels.scale_kernel[grid](rows, factor, rows.shape[-1], tiles, rows.shape[1], rows.stride(0), rows.stride(1), BLOCK=block, num_warps=8)
