@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import rlkern as rk
-from rlkern.reference import scaled_logits
+from rlkern.ops.logits import soft_capped
 
 VERSIONS = ("1.15", "1.16")  # whose models have a fused head, as these releases have it
 _CHUNK_BYTES = 64 << 20
@@ -119,7 +119,8 @@ def _measures(
     step = max(1, _CHUNK_BYTES // (4 * len(weight)))
     for i in range(0, rows, step):
         chunk = slice(i, i + step)
-        logits = scaled_logits(torch.nn.functional.linear(hidden[chunk], weight, bias).float(), **scaled)
+        logits = torch.nn.functional.linear(hidden[chunk], weight, bias).float()
+        logits = soft_capped(logits, scaled["softcap"], logits).mul_(scaled["logit_scale"] / scaled["temperature"])
         if squares is not None:
             squares[chunk] = (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
         if mean is not None and scaled["softcap"] is not None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import rlkern as rk
-from rlkern import reference
+from rlkern.ops.policy import Options
+from rlkern.ops.torch_backend.terms import functions_of
 
 from ._tokens import aggregate, masked_mean
 
@@ -266,6 +267,6 @@ def _metrics(
         outside = (log_ratio < -low) | (log_ratio > high)
         above, below = masked_mean(outside & (advantages > 0), mask), masked_mean(outside & (advantages < 0), mask)
     elif mode in ("dppo_tv", "dppo_kl"):  # of the tokens kept, those whose ratio was capped
-        dropped_low, dropped_high = reference.dppo_dropped(log_prob, old_log_prob, advantages, c)
+        dropped_low, dropped_high, _ = functions_of(c).edges(log_prob, old_log_prob, log_ratio, advantages, Options.of(c, 1))
         below = masked_mean((log_ratio.exp() > (c.ratio_cap or math.inf)) & ~dropped_low & ~dropped_high, mask)
     return {"actor/pg_clipfrac": above, **kl, "actor/pg_clipfrac_lower": below}

@@ -33,7 +33,7 @@ class ValueOptions(NamedTuple):
 
 
 class ValueResults(NamedTuple):
-    """``numbers``: the factor by which the gradient, undivided, is to be multiplied; then the metrics. The gradient is empty where it is not wanted."""
+    """``numbers``: the factor by which the gradient, undivided, is to be multiplied; then the metrics. The gradient is empty where not wanted."""
 
     loss: Tensor
     numbers: Tensor
