@@ -2,7 +2,7 @@
 
 from . import _versions as _versions
 from ._inputs import KeptTokens
-from .advantages import discounted_returns, gae, group_advantages, process_advantages, shaped_rewards, td_lambda, vtrace, whiten
+from .advantages import group_advantages, process_advantages, shaped_rewards
 from .config import PolicyLossConfig
 from .distributed import VocabShard, gather_parameter
 from .divergence import full_kl, generalized_jsd, linear_full_kl, linear_generalized_jsd
@@ -18,6 +18,7 @@ from .losses import (
     ranking_loss,
     value_loss,
 )
+from .returns import discounted_returns, gae, td_lambda, vtrace, whiten
 from .surrogates import register_surrogate
 
 __version__ = "0.2.0"

@@ -10,15 +10,11 @@ import rlkern as rk
 from rlkern import PolicyLossConfig as Config
 from rlkern import reference
 
+from . import presets
 from .judge import assert_accurate
 
-PRESETS = {
-    name: getattr(Config, name)(**({"max_length": 4} if name == "dr_grpo" else {}))
-    for name, method in vars(Config).items()
-    if isinstance(method, classmethod) and not name.startswith(("_", "from_"))
-}
 CONFIGS = {
-    **PRESETS,
+    **{name: presets.preset(name, max_length=4) for name in presets.NAMES},
     "dual clip": Config.ppo(dual_clip=3.0),
     "ratio cap": Config.ppo(ratio_cap=5.0),
     "no clip": Config.ppo(clip_low=None, clip_high=None),

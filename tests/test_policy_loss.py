@@ -14,9 +14,9 @@ from rlkern import config as config_module
 from rlkern import reference
 from rlkern.ops.policy import Tokens, policy_loss_op
 from rlkern.ops.triton_backend import layout as tokens
-from rlkern.surrogates import SURROGATES
 
 from .judge import assert_accurate, error, opcheck
+from .presets import surrogates
 
 Config = rk.PolicyLossConfig
 INTERPRETED = not torch.cuda.is_available()
@@ -109,6 +109,7 @@ def _entropy(**kwargs: Any) -> dict[str, Any]:
 
 # Every surrogate, ratio level, estimator, weight, clamp, mask and aggregation, and the pairs of them that meet in the code.
 CASES: dict[str, Config] = {
+    **surrogates(),
     "ppo": Config.ppo(),
     "ppo, everything": Config.ppo(ratio_cap=1.3, dual_clip=1.1, log_ratio_clamp=0.5, kl_coef=0.2, **_entropy()),
     "dapo, k1 by sampling": Config.dapo(kl_coef=0.2, kl_estimator="k1", kl_ratio_weighted="sampling", aggregation="sum"),
@@ -142,7 +143,6 @@ CASES: dict[str, Config] = {
 
 
 CHOICES = {
-    "surrogate": SURROGATES,
     "ratio_level": config_module.RATIO_LEVELS,
     "kl_estimator": config_module.KL_ESTIMATORS,
     "kl_ratio_weighted": config_module.KL_RATIO_WEIGHTS,

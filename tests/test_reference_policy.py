@@ -12,6 +12,7 @@ import rlkern as rk
 from rlkern import reference
 
 from .judge import assert_accurate
+from .presets import NAMES
 
 Config = rk.PolicyLossConfig
 
@@ -294,9 +295,7 @@ def test_trl_rloo(data):
     data.check(Config.rloo(), -torch.min(r * d.A, r.clamp(0.8, 1.2) * d.A).mean())
 
 
-@pytest.mark.parametrize(
-    "name", ["ppo", "grpo", "dapo", "dr_grpo", "bnpo", "luspo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "vespo", "dppo", "rloo"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_presets_take_overrides(name):
     preset = getattr(Config, name)
     changed = preset(clip_high=0.77, kl_coef=0.5)

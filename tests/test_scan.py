@@ -12,6 +12,7 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import reference
 from rlkern.ops import scan as ops
+from rlkern.ops.triton_backend import scan as launcher
 from rlkern.ops.triton_backend.scan import TileConfig
 
 from .judge import assert_accurate, error, opcheck
@@ -121,7 +122,7 @@ def test_long_rows_on_the_cpu():
 def many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that a few rows leave idle, and tiles of 4 steps."""
     monkeypatch.setattr(TileConfig, "of", classmethod(lambda cls, length, heavy: cls(rows=1, lanes=1, warps=1)))
-    monkeypatch.setattr(ops, "multiprocessors", lambda x: 132)
+    monkeypatch.setattr(launcher, "multiprocessors", lambda x: 132)
 
 
 def assert_split(launches: int, options: dict[str, Any], r: Tensor, v: Tensor, device: torch.device) -> None:
@@ -403,7 +404,7 @@ def test_whitened_is_whiten_of_the_advantages(case, dtype, backend, device):
 
 def test_whitening_packed_tokens_and_few_long_rows(backend, device, monkeypatch):
     r, v = numbers(1, 5000, dtype=torch.float32).to(device), numbers(1, 5000, dtype=torch.float32).to(device)
-    monkeypatch.setattr(ops, "multiprocessors", lambda x: 10**6)  # split in two launches on any device
+    monkeypatch.setattr(launcher, "multiprocessors", lambda x: 10**6)  # split in two launches on any device
     white, _ = rk.gae(r, v, gamma=0.9, lam=0.9, whitened=True, backend=backend)
     assert_accurate(white, reference.whiten(rk.gae(r, v, gamma=0.9, lam=0.9, backend="torch")[0].double()), eps=4e-6)
     cu = torch.tensor([0, 7, 7, 60], device=device)

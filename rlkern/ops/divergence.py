@@ -64,10 +64,15 @@ class Comparison(NamedTuple):
         return {0.0: "reverse", 1.0: "kl"}.get(self.beta, "jsd")
 
     def live(self, like: Tensor) -> Tensor:
-        """Flat: which positions count, as bool; ``like [..., V]``, or a rank's share of its rows."""
-        if self.mask is None:
-            return torch.ones(all_rows(like, self.shard), dtype=torch.bool, device=like.device)
-        return self.mask.flatten() != 0
+        """Flat: which positions count, as bool; ``like`` has a row for each."""
+        return self._live(like.shape[:-1].numel(), like.device)
+
+    def live_of_hidden(self, hidden: Tensor) -> Tensor:
+        """The same, where ``hidden`` may be a rank's share of the rows."""
+        return self._live(all_rows(hidden, self.shard), hidden.device)
+
+    def _live(self, rows: int, device: torch.device) -> Tensor:
+        return torch.ones(rows, dtype=torch.bool, device=device) if self.mask is None else self.mask.flatten() != 0
 
     def divergence(self, logits: Tensor, ref_logits: Tensor, out: Divergences) -> None:
         """Fill ``out``, contiguous; zeros where masked."""
@@ -226,7 +231,7 @@ class LinearDivergences(NamedTuple):
 def linear_divergence_op(policy: Head, ref: Head, work: Work, comparison: Comparison, with_jacobian: bool) -> LinearDivergences:
     """Of ``hidden [N, H]`` and ``hidden [N, H']`` of the reference."""
     part = comparison.shard
-    index = work.taking_part(comparison.live(policy.hidden))
+    index = work.taking_part(comparison.live_of_hidden(policy.hidden))
     pair = Pair.of(policy, ref, work.chunk, index, comparison)
     found = Divergences.empty(policy.logits_dtype, ref.logits_dtype, (pair.policy.rows,), policy.hidden.device)
     jacobian = Gradients(pair.policy, Needs(with_jacobian, False, False))
@@ -260,7 +265,7 @@ def linear_divergence_backward_op(
     policy: Head, ref: Head, work: Work, comparison: Comparison, statistics: Tensor, grad: Tensor, needs: Needs
 ) -> HeadGradients:
     """By making both models' logits again."""
-    live = comparison.live(policy.hidden) & (grad != 0)
+    live = comparison.live_of_hidden(policy.hidden) & (grad != 0)
     index = work.taking_part(live)
     pair = Pair.of(policy, ref, work.chunk, index, comparison)
     if needs.weight and not work.compact:
@@ -303,7 +308,7 @@ class LinearDivergence(torch.autograd.Function):
         rest = (None,) * (len(ctx.needs_input_grad) - 3)
         if ctx.frozen:
             comparison, jacobian = saved(ctx, Comparison)
-            upstream = torch.where(comparison.live(jacobian), grad, 0.0).unsqueeze(1)
+            upstream = torch.where(comparison.live_of_hidden(jacobian), grad, 0.0).unsqueeze(1)
             return (my_rows(upstream, comparison.shard) * jacobian).to(jacobian.dtype), None, None, *rest
         policy, ref, work, comparison, statistics = saved(ctx, Head, Head, Work, Comparison)
         needs = Needs(*ctx.needs_input_grad[:3])

@@ -39,8 +39,7 @@ def td_errors(
     *,
     gamma: float | Tensor,
     lam: float | Tensor,
-    rho: Tensor,
-    c: Tensor,
+    factors: tuple[Tensor, Tensor],
     mask: Tensor | None = None,
     masked: str = "skip",
     last_values: Tensor | None = None,
@@ -49,7 +48,7 @@ def td_errors(
     truncated: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recursion that all the functions of time share, from the last step to the first:
+    """The recursion that all the functions of time share, from the last step to the first, with the factors (rho, c):
 
     delta_t = rho_t (r_t + gamma V' - V_t),   D_t = delta_t + gamma lam c_t D'
     V', D'    of the next step; beyond the end D' = 0, V' = last_values, else next_values at the last valid step, else 0
@@ -63,17 +62,18 @@ def td_errors(
         bounds = cu_seqlens.tolist()
         for i, begin in enumerate(bounds[:-1]):
             end = bounds[i + 1]
-            one = {"gamma": gamma, "lam": lam, "last_values": last_values}
+            one: dict[str, Any] = {"gamma": gamma, "lam": lam, "last_values": last_values}
             one = {name: x[i] if isinstance(x, Tensor) else x for name, x in one.items()}
-            each = {"rho": rho, "c": c, "mask": mask, "next_values": next_values, "terminated": terminated, "truncated": truncated}
+            each: dict[str, Any] = {"mask": mask, "next_values": next_values, "terminated": terminated, "truncated": truncated}
             each = {name: x if x is None else x[begin:end] for name, x in each.items()}
-            pieces.append(td_errors(rewards[begin:end], values[begin:end], masked=masked, **one, **each))  # type: ignore[arg-type]
+            each["factors"] = tuple(x[begin:end] for x in factors)
+            pieces.append(td_errors(rewards[begin:end], values[begin:end], masked=masked, **one, **each))
         return torch.cat([d for d, _ in pieces]), torch.cat([q for _, q in pieces])
     dtype = torch.promote_types(compute_dtype(rewards), compute_dtype(values))
     no = torch.zeros(rewards.shape, dtype=torch.bool, device=rewards.device)
     m = ~no if mask is None else mask != 0
     r, v = (torch.where(m, x.to(dtype), 0.0) for x in (rewards, values))
-    rho, c = rho.to(dtype), c.to(dtype)
+    rho, c = (x.to(dtype) for x in factors)
     stop = no if terminated is None else m & (terminated != 0)
     cut = stop if truncated is None else stop | (m & (truncated != 0))
     D = torch.zeros(rewards.shape[:-1], dtype=dtype, device=rewards.device)
@@ -99,7 +99,7 @@ def td_errors(
 def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """A_t = delta_t + gamma lam A_{t+1},  returns = A + V   (Schulman et al. 2016).  ``options``: those of td_errors."""
     one = torch.ones_like(rewards)
-    A, _ = td_errors(rewards, values, rho=one, c=one, mask=mask, **options)
+    A, _ = td_errors(rewards, values, factors=(one, one), mask=mask, **options)
     return A, A + (values if mask is None else torch.where(mask != 0, values, 0.0)).to(A.dtype)
 
 
@@ -131,7 +131,7 @@ def vtrace(
     m = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
     ratio = torch.where(m, torch.exp(logprobs.to(dtype) - old_logprobs.to(dtype)), 1.0)
     rho = ratio.clamp(max=rho_clip)
-    D, A = td_errors(rewards, values, gamma=gamma, lam=lam, rho=rho, c=ratio.clamp(max=c_clip), mask=mask, **options)
+    D, A = td_errors(rewards, values, gamma=gamma, lam=lam, factors=(rho, ratio.clamp(max=c_clip)), mask=mask, **options)
     return rho * A, D + torch.where(m, values.to(dtype), 0.0)
 
 
