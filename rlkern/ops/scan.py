@@ -62,8 +62,12 @@ class Advantages(NamedTuple):
         return cls(
             rewards.new_empty(rewards.shape if options.with_advantages else 0, dtype=dtype),
             rewards.new_empty(rewards.shape, dtype=dtype),
-            rewards.new_zeros(3 if options.with_moments else 0, dtype=torch.float64),
+            cls.empty_moments(rewards, options),
         )
+
+    @staticmethod
+    def empty_moments(rewards: Tensor, options: ScanOptions) -> Tensor:
+        return rewards.new_zeros(3 if options.with_moments else 0, dtype=torch.float64)
 
 
 def result_dtype(steps: Steps) -> torch.dtype:
@@ -84,17 +88,17 @@ def lambda_returns(steps: Steps, sequences: Sequences, numbers: Numbers, options
     rewards = steps.rewards
     if validate and sequences.cu_seqlens is not None:
         check_cu_seqlens(sequences.cu_seqlens, rewards.numel(), like=rewards, validate=True)
-    out = Advantages.empty(steps, options)
     if rewards.numel() == 0:
-        return out
+        return Advantages.empty(steps, options)
+    moments = Advantages.empty_moments(rewards, options)
     advantages, returns = backend_of(backend).lambda_returns(
         Steps._make(None if x is None else as_steps(x) for x in steps),
         Sequences._make(None if x is None else x.reshape(-1).contiguous() for x in sequences),
         numbers,
         options,
-        out.moments,
+        moments,
     )
-    return Advantages(out.advantages if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), out.moments)
+    return Advantages(returns.new_empty(0) if advantages is None else advantages.view(rewards.shape), returns.view(rewards.shape), moments)
 
 
 @fake_of(lambda_returns)
