@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DRY_MINUTES = 5.0  # a bound for a busy machine; a quiet one takes 20 seconds
 # Of what is measured, in order of worth, with shares of the time: torch.compile takes the most of it.
-GROUPS = {"token_logprobs": 0.16, "fused_policy_loss": 0.12, "fused_linear_policy_loss": 0.16, "gae": 0.06, "policy_loss": 0.06}
+GROUPS = {"token_logprobs": 0.13, "fused_policy_loss": 0.1, "fused_linear_policy_loss": 0.13, "tokens": 0.06}
 TESTS = [f"tests/test_{name}.py" for name in ("logprobs", "policy_loss", "fused", "scan", "divergence", "value_loss")]
+PATIENCE = 5.0  # seconds for a killed process to end
+WORKERS = 16  # at most; each holds half a GiB of the GPU and a core
 ALL = "headline"  # the groups together
+PEERS_LEFT_OUT = ("trl", "liger_kernel", "torchrl")  # of a dry run: importing them takes longer than all else
 DRY_LAUNCHES = ("token_logprobs bf16", "policy_loss of tokens", "full_kl bf16", "gae of 16 steps")
 Json = dict[str, Any]
 
@@ -64,29 +68,51 @@ def put_text(path: Path, text: str) -> None:
 def stages(out: Path, *, dry: bool) -> list[Stage]:
     """What is done, in order of worth."""
     this = [sys.executable, "-m", "bench.gpu", "--out", str(out), *(["--dry"] if dry else [])]
-    # Each worker compiles and runs its part of the calls: compilation in parallel, by the very launches that the cache is asked for later.
-    workers = 1 if dry else min(16, os.cpu_count() or 1)
+    workers = 1 if dry else min(WORKERS, os.cpu_count() or 1)
     plain = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
-    kernels = {f"kernels-{i}": [*this, "--part", f"kernels-{i}", "--slice", f"{i}/{workers}"] for i in range(workers)}
-    found = [Stage("kernels", 0.2, kernels, plain, verdict_table)]
-    # A dry run has one process for all groups: most of its time is imports.
-    found += [Stage(part, share, {part: [*this, "--part", part]}, plain) for part, share in ({ALL: 0.5} if dry else GROUPS).items()]
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        *(["tests/test_gpu_run.py", "-k", "whole_or_not"] if dry else [*TESTS, "-n", "4", "--dist", "loadgroup"]),
-    ]
-    if shutil.which("compute-sanitizer") and not dry:
+
+    def shared(task: str, of: int, *before: str) -> dict[str, list[str]]:
+        """One part for each worker: its slice of what there is to do."""
+        return {f"{task}-{i}": [*before, *this, "--part", f"{task}-{i}", "--slice", f"{i}/{of}"] for i in range(of)}
+
+    # Each worker compiles and runs its part of the calls: compilation in parallel, by the very launches that the cache is asked for later.
+    found = [Stage("kernels", 0.2, shared("kernels", workers), plain, verdict_table)]
+    # A dry run has few processes: most of its time is imports.
+    found += [Stage(part, share, {part: [*this, "--part", part]}, plain) for part, share in ({ALL: 0.4} if dry else GROUPS).items()]
+    if dry:
+        found.append(Stage("configs", 0.2, {"configs": [*this, "--part", "configs+graphs-0", "--slice", "0/1"]}, plain, configs_table))
+    else:
+        found.append(Stage("compile", 0.08, shared("compile", workers), plain))
+        found.append(Stage("configs", 0.14, {"configs": [*this, "--part", "configs"]}, plain, configs_table))
+        found.append(Stage("graphs", 0.06, shared("graphs", max(1, workers // 4)), plain))
+    sanitizer = None if dry else sanitizer_path()
+    if sanitizer:
         # Without PyTorch's caching allocator, a kernel that leaves its tensor leaves its allocation too.
         alone = plain | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        some = max(1, workers // 2)
         for tool in ("memcheck", "racecheck"):
-            checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *this]
-            parts = {f"{tool}-{i}": [*checked, "--part", f"{tool}-{i}", "--slice", f"{i}/{some}"] for i in range(some)}
-            found.append(Stage(tool, 0.08, parts, alone))
-    return [*found, Stage("tests", 0.1, {"tests": tests}, {} if dry else plain)]
+            checked = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+            found.append(Stage(tool, 0.06, shared(tool, max(1, workers // 2), *checked), alone))
+    elif not dry:
+        print("memcheck, racecheck: not run, there is no compute-sanitizer here (it comes with the CUDA toolkit)", flush=True)
+    pytest = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"]
+    if dry:
+        return [*found, Stage("tests", 0.1, {"tests": [*pytest, "--noconftest", "tests/test_gpu_run.py", "-k", "whole_or_not"]}, {})]
+    if not there("pytest"):
+        print("tests: not run, pytest is not installed", flush=True)
+        return found
+    parallel = ["-n", "4", "--dist", "loadgroup"] if there("xdist") else []
+    marked = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in file.read_text())
+    found.append(Stage("gpu-tests", 0.04, {"gpu-tests": [*pytest, "-m", "gpu", *marked]}, plain))
+    return [*found, Stage("tests", 0.1, {"tests": [*pytest, "-m", "not gpu", *TESTS, *parallel]}, plain)]
+
+
+def there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def sanitizer_path() -> str | None:
+    """Also where CUDA's toolkit is that PATH does not name."""
+    return shutil.which("compute-sanitizer") or next((str(x) for x in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None)
 
 
 def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
@@ -107,11 +133,14 @@ def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
             except subprocess.TimeoutExpired:
                 became[name] = "killed: its time was up"
     finally:
-        for process in running.values():
-            # The whole group: what a part started goes with it.
-            if process.poll() is None:
+        for name, process in running.items():
+            # The whole group, also where its leader is over: the workers that a part started go with it.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # it hangs in the driver: what comes next may hang too, but not here
+                became[name] = "killed, and does not end"
     return became
 
 
@@ -138,8 +167,8 @@ def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> b
         put(out / "summary.json", summary)
         if result := measured(out, command):
             put(out / "gpu.json", result)
-        if stage.table is not None:
-            put_text(out / f"{stage.name}.txt", stage.table(out) + "\n")
+        if stage.table is not None and (table := stage.table(out)):
+            put_text(out / f"{stage.name}.txt", table + "\n")
         wrong = [f"{part} {what}" for part, what in became.items() if what != "passed"]
         print(f"{stage.name}: {'; '.join(wrong) or 'passed'} ({summary[stage.name]['seconds']} s)", flush=True)
     passed = all(what == "passed" for stage in summary.values() for what in stage["parts"].values())
@@ -182,7 +211,7 @@ def kernels(out: Path, part: str, piece: str, *, dry: bool) -> bool:
     index, of = map(int, piece.split("/"))
     names = list(launches.LAUNCHES)[index::of]
     if dry:
-        launches.VOCABULARY, names = 2048, list(DRY_LAUNCHES)
+        launches.VOCABULARY, names = 500, list(DRY_LAUNCHES)
     device = torch.device("cpu" if dry else "cuda")
     result: Json = {"entry_kernels": sorted(entry_kernels()), "launches": {}}
 
@@ -218,13 +247,13 @@ def verdict_table(out: Path) -> str:
 
 
 def contests(group: str, *, dry: bool) -> Iterator[Any]:
-    """Of the headline table, at real shapes; tiny ones for a dry run."""
+    """Of the headline table, at real shapes, the one that matters most first; tiny ones for a dry run."""
     import torch
 
     from bench.contests import gae, linear, logprobs, policy_loss
 
     device, dtype = (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda"), torch.bfloat16)
-    vocabularies = (64,) if dry else (32000, 128256, 151936)
+    vocabularies = (64,) if dry else (128256, 151936, 32000)
     if group == "token_logprobs":
         yield from (logprobs.contest(device, 4 if dry else 8192, v, dtype, entropy=True) for v in vocabularies)
     elif group == "fused_policy_loss":
@@ -233,37 +262,165 @@ def contests(group: str, *, dry: bool) -> Iterator[Any]:
         shape = (64, 16, 64) if dry else (8192, 4096, 128256)
         yield from (linear.loss_contest(device, *shape, dtype, **options) for options in ({}, {"frozen": True}, {"rollouts": True}))
         yield linear.logprobs_contest(device, *shape, dtype)
-    elif group == "gae":
-        yield from (gae.contest(device, *shape) for shape in ([(2, 16)] if dry else [(8192, 2048), (256, 2048)]))
     else:
-        yield from (policy_loss.from_logprobs(device, *shape) for shape in ([(2, 16)] if dry else [(32, 2048), (512, 2048)]))
+        yield from (gae.contest(device, *shape) for shape in ([(2, 16)] if dry else [(8192, 2048), (256, 2048)]))
+        yield from (policy_loss.from_logprobs(device, *shape) for shape in ([(2, 16)] if dry else [(512, 2048), (32, 2048)]))
 
 
 def headline(out: Path, group: str, *, dry: bool) -> bool:
-    """Ours against float64, then all contenders and the ceilings in turn."""
+    """Ours against float64, then all contenders and the ceilings in turn; with torch.compile, which is ready last, when all else is kept."""
     import torch
 
     from bench.environment import environment
-    from bench.harness import Ceilings, Record
+    from bench.harness import OURS, Ceilings, Record
 
     todo = [contest for one in (GROUPS if group == ALL else [group]) for contest in contests(one, dry=dry)]
     result: Json = {"environment": environment(todo[0].device), "contests": [], "failed": {}}
     ceilings = {contest.dtype: None if dry else Ceilings(contest.device, contest.dtype) for contest in todo}
 
+    def chosen(contest: Any, late: bool) -> Any:
+        return replace(contest, contenders={name: c for name, c in contest.contenders.items() if name == OURS or ("torch.compile" in name) == late})
+
     def measure(contest: Any) -> Json:
         record = Record(contest, ceilings[contest.dtype])
         return record.sit(seconds=0.05 if dry else 3.0, rounds=(2, 3) if dry else (5, 50)).json()
 
-    def done(name: str, figures: Any, failure: str) -> None:
-        if failure:
+    def done(name: str, figures: Json | None, failure: str) -> None:
+        before = next((contest for contest in result["contests"] if contest["title"] == name), None)
+        if figures is None:
             result["failed"][name] = failure
-        else:
+        elif before is None:
             result["contests"].append(figures)
+        else:
+            before["contenders"] += [contender for contender in figures["contenders"] if contender["name"] != OURS]
         put(out / f"{group}.json", result)
 
     if dry:
         torch.set_num_threads(1)
-    return each({contest.title: partial(measure, contest) for contest in todo}, done)
+        sys.modules.update(dict.fromkeys(PEERS_LEFT_OUT))  # type: ignore[arg-type]  # None: it cannot be imported
+    well = each({contest.title: partial(measure, chosen(contest, False)) for contest in todo}, done)
+    return each({c.title: partial(measure, chosen(c, True)) for c in todo if len(chosen(c, True).contenders) > 1}, done) and well
+
+
+def compile_candidates(out: Path, part: str, piece: str) -> bool:
+    """A slice of the candidates for launch configurations: what does not compile says so again when it is timed."""
+    import torch
+
+    from bench import configurations
+
+    index, of = map(int, piece.split("/"))
+    todo = [(case, changes) for case in configurations.CASES if case.owner != configurations.CHUNKS for changes in case.candidates][index::of]
+    failed: dict[str, str] = {}
+
+    def done(name: str, _: None, failure: str) -> None:
+        failed.update({name: failure} if failure else {})
+        put(out / f"{part}.json", failed)
+
+    device = torch.device("cuda")
+    names = [f"{case.title}, {case.timed}, {case.vocabulary}: {configurations.label(changes)}" for case, changes in todo]
+    calls = {name: partial(configurations.compiled, *candidate, device) for name, candidate in zip(names, todo, strict=True)}
+    each(calls, done)
+    return True
+
+
+def configs(out: Path, *, dry: bool) -> bool:
+    """Every candidate against the configuration as it is."""
+    import torch
+
+    from bench import configurations
+    from bench.environment import environment
+
+    device = torch.device("cpu" if dry else "cuda")
+    cases = [replace(case, candidates=case.candidates[:2]) if dry else case for case in configurations.CASES if not dry or case.title == "value_loss"]
+    result: Json = {"environment": environment(device), "configurations": [], "failed": {}}
+
+    def done(name: str, found: Json | None, failure: str) -> None:
+        if found is None:
+            result["failed"][name] = failure
+        else:
+            result["configurations"].append(found)
+        put(out / "configs.json", result)
+
+    names = [f"{case.owner}: {case.title}, {case.timed}, {case.rows}, {case.vocabulary}" for case in cases]
+    return each(
+        {name: partial(configurations.compared, case, device, rounds=1 if dry else 5, small=dry) for name, case in zip(names, cases, strict=True)},
+        done,
+    )
+
+
+def configs_table(out: Path) -> str:
+    """A line for each call: what the best candidate gains, and how to write it."""
+    if not (out / "configs.json").exists():
+        return ""
+    lines = [f"{'call':58}{'now':>10}{'best':>10}{'gain':>7}  best configuration"]
+    for x in json.loads((out / "configs.json").read_text())["configurations"]:
+        call = f"{x['call']}, {x['rows'][0]} x {x['rows'][1]}, V {x['vocabulary']}"
+        constants = ", ".join(f"{name} = {value}" for name, value in x["best"]["constants"].items())
+        best = " with ".join(filter(None, (x["best"]["text"], constants)))
+        lines.append(f"{call:58}{x['now']['seconds'] * 1e3:7.3f} ms{x['best']['seconds'] * 1e3:7.3f} ms{x['gain']:7.2f}  {best}")
+        lines += [f"    {name}: {why}" for name, why in x["failed"].items()]
+    return "\n".join(lines)
+
+
+def graphs(out: Path, part: str, piece: str, *, dry: bool) -> bool:
+    """A slice of the calls again: the same bits, without a synchronisation, and from a CUDA graph."""
+    import torch
+
+    from bench import launches
+    from bench.verdict import objections
+
+    index, of = map(int, piece.split("/"))
+    names = list(DRY_LAUNCHES[:2]) if dry else list(launches.LAUNCHES)[index::of]
+    launches.VOCABULARY = 500 if dry else launches.VOCABULARY
+    device = torch.device("cpu" if dry else "cuda")
+    found: dict[str, list[str]] = {}
+
+    def done(name: str, objected: list[str] | None, failure: str) -> None:
+        found[name] = [failure] if objected is None else objected
+        for line in objected or ():
+            print(f"{name}: {line}", flush=True)
+        put(out / f"{part}.json", found)
+
+    return each({name: partial(objections, launches.LAUNCHES[name], device) for name in names}, done) and not any(found.values())
+
+
+def once_each(out: Path, part: str, piece: str) -> bool:
+    """A slice of the calls, for a program that watches them: nothing else runs on the GPU."""
+    import torch
+
+    from bench import launches
+    from bench.verdict import once
+
+    index, of = map(int, piece.split("/"))
+    passed: dict[str, str] = {}
+
+    def done(name: str, _: Any, failure: str) -> None:
+        passed[name] = failure or "passed"
+        put(out / f"{part}.json", passed)
+
+    def call(launch: launches.Launch) -> None:
+        once(launch, launch.inputs(launches.Random(0, torch.device("cuda"))))
+
+    return each({name: partial(call, launch) for name, launch in list(launches.LAUNCHES.items())[index::of]}, done)
+
+
+def work(out: Path, part: str, piece: str, *, dry: bool) -> bool:
+    """What a part does; whether all of it is well. Of several, with a + between them, one after the other."""
+    if "+" in part:
+        well = [work(out, one, piece, dry=dry) for one in part.split("+")]
+        return all(well)
+    task = part.split("-")[0]
+    if task == "kernels":
+        return kernels(out, part, piece, dry=dry)
+    if task == "compile":
+        return compile_candidates(out, part, piece)
+    if task == "configs":
+        return configs(out, dry=dry)
+    if task == "graphs":
+        return graphs(out, part, piece, dry=dry)
+    if task in ("memcheck", "racecheck"):
+        return once_each(out, part, piece)
+    return headline(out, part, dry=dry)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,8 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     if options.part:
-        well = kernels(out, options.part, options.slice, dry=options.dry) if options.slice else headline(out, options.part, dry=options.dry)
-        return 0 if well else 1
+        return 0 if work(out, options.part, options.slice, dry=options.dry) else 1
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: more than 0 is expected")
     if out.exists() and not out.is_dir():

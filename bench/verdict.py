@@ -50,6 +50,62 @@ def judge(launch: Launch, device: torch.device, seed: int = 0) -> list[Finding]:
     return [Finding(name, largest_difference(mine[name], x), allowed(mine[name], x, plain[name])) for name, x in exact.items()]
 
 
+def once(launch: Launch, inputs: Tensors) -> Tensors:
+    """Its results and gradients, as they are."""
+    results = launch.results(inputs)
+    return results | gradients(launch, inputs, results, {name: torch.full_like(r, 0.5) for name, r in results.items() if r.requires_grad})
+
+
+def objections(launch: Launch, device: torch.device) -> list[str]:
+    """What keeps a second run from giving the same bits: on a GPU without a synchronisation, and from a CUDA graph; elsewhere just again."""
+    inputs = launch.inputs(Random(0, device))
+    before = {name: x.clone() for name, x in inputs.items()}
+
+    def restored() -> Tensors:
+        with torch.no_grad():
+            for name, x in inputs.items():
+                x.copy_(before[name])
+        return inputs
+
+    first = {name: r.detach().clone() for name, r in once(launch, inputs).items()}
+    gpu = device.type == "cuda"
+    found = []
+    restored()
+    if gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = once(launch, inputs)
+    except RuntimeError as why:
+        return [f"synchronises: {why}"]
+    finally:
+        if gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [f"{name} differs in a second run" for name in different(first, again)]
+    if not gpu:
+        return found
+    restored()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        once(launch, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    restored()
+    try:
+        with torch.cuda.graph(graph):
+            replayed = once(launch, inputs)
+    except RuntimeError as why:
+        return [*found, f"no CUDA graph captures it: {why}"]
+    restored()
+    graph.replay()
+    torch.cuda.synchronize()
+    return found + [f"{name} differs from a CUDA graph" for name in different(first, replayed)]
+
+
+def different(first: Tensors, again: Tensors) -> list[str]:
+    return [name for name, x in first.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
+
+
 def computed(launch: Launch, inputs: Tensors, upstream: Tensors, dtype: torch.dtype | None) -> Tensors:
     """The reference's results and gradients, of the inputs in this dtype; None for their own."""
     given = {name: x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach().clone() for name, x in inputs.items()}

@@ -88,6 +88,8 @@ def test_the_dry_run_passes_and_can_be_reported(tmp_path: Path) -> None:
     table = (tmp_path / "kernels.txt").read_text()
     assert table.count("right") == len(gpu.DRY_LAUNCHES)
     assert "kernels that did not run" in table
+    assert "value_loss, forward" in (tmp_path / "configs.txt").read_text()
+    assert list(json.loads((tmp_path / "graphs-0.json").read_text()).values()) == [[], []]
     said = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / "gpu.json")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
 
@@ -111,3 +113,32 @@ def test_the_table_of_verdicts_says_what_is_wrong_and_what_never_ran(tmp_path: P
     assert "2.0e-06" in three
     assert missing == "kernels that did not run: c_kernel"
     assert set(json.loads((tmp_path / "kernels.json").read_text())) == {"one", "two", "three"}
+
+
+def test_what_a_part_started_goes_with_it(tmp_path: Path) -> None:
+    """Also where the part itself is over: compilers and test runners have workers."""
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)']).pid, flush=True)"
+    assert gpu.run(_stage("leaves", code), tmp_path, time.monotonic() + 20) == {"leaves": "passed"}
+    worker = int((tmp_path / "leaves.log").read_text())
+    for _ in range(100):
+        status = Path(f"/proc/{worker}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":  # whoever adopted it has yet to ask for its status
+            return
+        time.sleep(0.05)
+    raise AssertionError("the worker still runs")
+
+
+def test_the_stages_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order of worth, whatever the machine has; what is marked for GPUs is tested first."""
+    monkeypatch.setattr(gpu, "sanitizer_path", lambda: "/opt/cuda/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 64)
+    stages = {stage.name: stage for stage in gpu.stages(tmp_path, dry=False)}
+    assert list(stages) == ["kernels", *gpu.GROUPS, "compile", "configs", "graphs", "memcheck", "racecheck", "gpu-tests", "tests"]
+    assert len(stages["kernels"].parts) == gpu.WORKERS
+    assert stages["memcheck"].parts["memcheck-0"][:2] == ["/opt/cuda/bin/compute-sanitizer", "--tool"]
+    marked = stages["gpu-tests"].parts["gpu-tests"]
+    assert {"-m", "gpu", "tests/test_logprobs.py", "tests/test_divergence.py"} <= set(marked)
+    assert all((ROOT / file).exists() for stage in ("gpu-tests", "tests") for file in stages[stage].parts[stage] if file.endswith(".py"))
+    monkeypatch.setattr(gpu, "sanitizer_path", lambda: None)
+    monkeypatch.setattr(gpu, "there", lambda package: package != "pytest")
+    assert [stage.name for stage in gpu.stages(tmp_path, dry=False)][-1] == "graphs"

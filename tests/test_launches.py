@@ -66,3 +66,15 @@ def test_inputs_are_the_same_again_and_differ_by_seed():
     assert all(torch.equal(x, same[name]) for name, x in one.items())
     assert not torch.equal(one["logprobs"], other["logprobs"])
     assert not one["mask"].all()
+
+
+def test_a_second_run_gives_the_same_bits_and_what_does_not_is_named():
+    for name in ("token_logprobs in place", "fused_policy_loss with every input", "policy_loss of packed sequences"):  # two write over their logits
+        assert verdict.objections(launches.LAUNCHES[name], CPU) == []
+    launch, runs = launches.LAUNCHES["value_loss"], iter((1.0, 2.0))
+
+    def drifting(**x):
+        factor = next(runs)
+        return {name: factor * r for name, r in launch.ours(**x).items()}
+
+    assert "loss differs in a second run" in verdict.objections(dataclasses.replace(launch, ours=drifting), CPU)
