@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
+import pkgutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from bench.compile import replaced
 from bench.harness import FLUSHED, device_seconds, error
 from bench.launches import Launch, Tensors
 from bench.verdict import once
-from rlkern import reference
+from rlkern import ops, reference
+from rlkern.reference.common import compute_dtype
 
 WIDTH = 4096  # of hidden states
 Changes = Mapping[str, int]  # of the fields of a configuration; of constants, in capitals, of its module and the launcher's
@@ -81,7 +83,7 @@ def linear_policy_loss(chunk_bytes: int | None = None) -> Launch:
         return {"loss": rk.fused_linear_policy_loss(**x, chunk_bytes=chunk_bytes, backend=launches.BACKEND).loss}
 
     def exact(hidden: Tensor, weight: Tensor, ids: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensors:
-        logprobs = reference.token_logprobs(hidden.to(reference.compute_dtype(hidden)) @ weight.to(reference.compute_dtype(weight)).t(), ids)
+        logprobs = reference.token_logprobs(hidden.to(compute_dtype(hidden)) @ weight.to(compute_dtype(weight)).t(), ids)
         assert isinstance(logprobs, Tensor)
         return {"loss": reference.policy_loss(logprobs, old_logprobs, advantages, config=rk.PolicyLossConfig.ppo())[0]}
 
@@ -114,8 +116,14 @@ def label(changes: Changes) -> str:
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "as it is"
 
 
+@functools.cache
+def _operators() -> list[Any]:
+    """The modules of ``rlkern.ops``, some of which the library imports when they are first needed."""
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(ops.__path__, "rlkern.ops.")]
+
+
 def _modules(attribute: str) -> list[Any]:
-    return [module for name, module in list(sys.modules.items()) if name.startswith("rlkern.ops.") and hasattr(module, attribute)]
+    return [module for module in _operators() if hasattr(module, attribute)]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ or option that changes the types of what a launcher passes, with tensors of whic
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
@@ -24,6 +23,7 @@ from bench import peers
 from examples import own_surrogate
 from rlkern import reference
 from rlkern.ops.divergence import Comparison
+from rlkern.reference import policy
 from rlkern.surrogates import SURROGATES
 
 ROWS = (2, 3)
@@ -136,15 +136,15 @@ def token_logprobs(
 
 
 def _exact_policy_loss(*tensors: Tensor, config: rk.PolicyLossConfig, **x: Any) -> Tensors:
-    """By the reference, in which a user's own objective takes the place of the clip; of that only the loss."""
+    """By the reference, to which a user's own objective is added; of that only the loss."""
     if config.surrogate in SURROGATES:
         return _exact_loss(reference.policy_loss(*tensors, config=config, **x))
 
-    def own(r: Tensor, A: Tensor, c: rk.PolicyLossConfig) -> Tensor:
-        return own_surrogate.smooth_clip_torch(None, None, r.log(), A, SimpleNamespace(high=c.clip_high))
+    def own(t: policy.Token, c: rk.PolicyLossConfig) -> Tensor:
+        return own_surrogate.smooth_clip_torch(t.lp, None, t.log_r, t.A, SimpleNamespace(high=c.clip_high))
 
-    with mock.patch.dict(reference.policy_loss.__globals__, clip_surrogate=own):
-        return {"loss": reference.policy_loss(*tensors, config=dataclasses.replace(config, surrogate="clip"), **x)[0]}
+    with mock.patch.dict(policy.SURROGATES, {config.surrogate: own}):
+        return {"loss": reference.policy_loss(*tensors, config=config, **x)[0]}
 
 
 def fused_policy_loss(
