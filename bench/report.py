@@ -3,6 +3,8 @@
     python -m bench.report bench/results/cpu.json                        # tables, as text
     python -m bench.report bench/results/cpu.json --write                # into README.md and docs/, with plots beside them
     python -m bench.report one.json --against other.json                      # ratios on which two runs disagree; exit code 1 if there are any
+    python -m bench.report DIR                          # of a GPU run, python -m bench.gpu --out DIR: with verdicts and configurations
+    python -m bench.report DIR --write                  # and into the pages; what they show is kept in bench/results/gpu
 
 The pages hold a table between ``<!-- bench: NAME -->`` and ``<!-- bench: end -->``; what stands there is written by this program alone.
 """
@@ -25,7 +27,9 @@ from bench.harness import OURS
 from rlkern.ops.products import chunk_rows
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 DOCUMENTED = ROOT / "bench" / "results" / "cpu.json"
+GPU = ROOT / "bench" / "results" / "gpu"  # what the pages show of python -m bench.gpu; not there: nothing has been measured
 HEAD_ACCURACY = ROOT / "bench" / "results" / "head.json"  # python -m bench --full --op head_accuracy --out bench/results/head.json
 HEAD_PLOT = ROOT / "docs" / "bench-head-accuracy.png"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scaling.md")
@@ -407,9 +411,84 @@ def plot_head_accuracy(result: Json, path: Path) -> None:
     pyplot.close(figure)
 
 
-def plots(result: Json) -> dict[str, Path]:
+def plots(result: Json, prefix: str = "bench") -> dict[str, Path]:
     """Operations that have a sweep, and where their plots go."""
-    return {s.operation: ROOT / "docs" / f"bench-{s.operation.replace(' ', '-').replace('_', '-')}.png" for s in sweeps(result)}
+    return {s.operation: DOCS / f"{prefix}-{s.operation.replace(' ', '-').replace('_', '-')}.png" for s in sweeps(result)}
+
+
+def pictures(of: Mapping[str, Path]) -> str:
+    return "\n\n".join(f"![{operation}: time, memory and part of the ceiling]({path.name})" for operation, path in of.items())
+
+
+# ---- a GPU run ------------------------------------------------------------------------------------------------------------------------------
+
+NOT_MEASURED = "Not measured yet: no GPU has run `python -m bench.gpu`."
+KEPT = ("gpu", "kernels", "configs", "summary")  # of a run's folder
+
+
+def kept(folder: Path) -> dict[str, Json]:
+    """What there is of a GPU run's results; a run whose time was up may lack some."""
+    return {name: read(file) for name in KEPT if (file := folder / f"{name}.json").exists()}
+
+
+def is_of_gpu(run: Mapping[str, Json]) -> bool:
+    """Whether times were measured, and on a GPU: not of a dry run."""
+    return "gpu" in run and "memory_bytes" in run["gpu"]["environment"]
+
+
+def verdicts(launches: Json) -> str:
+    """How many of the launches gave what they have to, and which did not."""
+    wrong = {name: x.get("failure") or f"wrong in {', '.join(x['wrong'])}" for name, x in launches.items() if "failure" in x or x["wrong"]}
+    text = f"{len(launches) - len(wrong)} of {len(launches)} kernel launches were right against float64, results and gradients"
+    return f"{text}; not: {'; '.join(f'{name} ({why.splitlines()[0]})' for name, why in wrong.items())}." if wrong else f"{text}."
+
+
+def configurations_table(found: Json) -> str:
+    """What the best of the candidates gains over the configuration as it is."""
+    rows = []
+    for x in found["configurations"]:
+        call = f"{x['call']}, {x['rows'][0]:,} x {x['rows'][1]:,}, V = {x['vocabulary']:,}"
+        rows.append(
+            [f"`{x['configuration']}`", call, seconds(x["now"]["seconds"]), seconds(x["best"]["seconds"]), f"{x['gain']:.2f}", x["best"]["changes"]]
+        )
+    return table(["configuration", "call", "as it is", "best", "gain", "best candidate"], rows)
+
+
+def run_text(run: Mapping[str, Json]) -> str:
+    """All that a GPU run found."""
+    stages = run.get("summary", {})
+    became = [f"{part}: {what}" for stage in stages.values() for part, what in stage["parts"].items() if what != "passed"]
+    return paragraphs(
+        text(run["gpu"]) if "gpu" in run else "",
+        verdicts(run["kernels"]) if "kernels" in run else "",
+        configurations_table(run["configs"]) if "configs" in run else "",
+        "\n".join(became) or ("every stage passed" if stages else ""),
+    )
+
+
+def gpu_blocks(folder: Path) -> dict[str, str]:
+    """What the pages show of a GPU, by name."""
+    run = kept(folder)
+    if not is_of_gpu(run):
+        return {"gpu": NOT_MEASURED, "gpu_headline": NOT_MEASURED}
+    result = run["gpu"]
+    checked = verdicts(run["kernels"]) if "kernels" in run else ""
+    chosen = configurations_table(run["configs"]) if "configs" in run else ""
+    return {
+        "gpu": paragraphs(f"{machine(result)}.", checked, *map(contest_table, result["contests"]), pictures(plots(result, "bench-gpu")), chosen),
+        "gpu_headline": paragraphs(summary_table(result), f"{machine(result)}. {checked}".strip()),
+    }
+
+
+def publish(run: Mapping[str, Json], folder: Path) -> None:
+    """Keep a GPU run's results where the pages come from, and draw its plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        if name in run:
+            (folder / f"{name}.json").write_text(json.dumps(run[name], indent=1) + "\n")
+    for operation, path in plots(run["gpu"], "bench-gpu").items():
+        plot(run["gpu"], operation, path)
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------------------------------
@@ -428,13 +507,12 @@ def blocks(result: Json) -> dict[str, str]:
         if c is largest[operation] or {"head", "mask"} & set(c["shape"]) or len(contests) < 3
     ]
     head = result if "head_accuracy" in result else read(HEAD_ACCURACY)
-    pictures = "\n\n".join(f"![{operation}: time, memory and part of the ceiling]({path.name})" for operation, path in plots(result).items())
     return {
         "headline": paragraphs(contest_table(headline(result)), f"{machine(result)}."),
         "summary": summary_table(result),
         "machine": f"{machine(result)}.",
         "operations": paragraphs(*map(contest_table, shown)),
-        "plots": pictures,
+        "plots": pictures(plots(result)),
         "longest": longest_table(result),
         "accuracy": accuracy_table(result),
         "head_accuracy": paragraphs(head_accuracy_table(head), f"{machine(head)}."),
@@ -442,6 +520,7 @@ def blocks(result: Json) -> dict[str, str]:
         "exponents": scaling_table(result),
         "memory": memory_table(result),
         "work": work_table(result),
+        **gpu_blocks(GPU),
     }
 
 
@@ -455,6 +534,11 @@ def filled(page: str, shown: Mapping[str, str]) -> str:
         KeyError: for a table that is not made here.
     """
     return _BLOCK.sub(lambda match: f"{match[1]}{shown[match['name']]}\n{match[3]}", page)
+
+
+def fill_pages(shown: Mapping[str, str]) -> None:
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), shown))
 
 
 def text(result: Json) -> str:
@@ -486,10 +570,24 @@ def read(path: Path) -> Json:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="what python -m bench wrote")
+    parser.add_argument("result", type=Path, help="what python -m bench wrote; or the folder of a GPU run")
     parser.add_argument("--write", action="store_true", help="write tables and plots into README.md and docs/; needs a whole result")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="compare the ratios with those of another run")
     options = parser.parse_args(argv)
+    if options.result.is_dir():
+        if options.against:
+            parser.error("--against compares two result files; of a GPU run that is its gpu.json")
+        run = kept(options.result)
+        if not run:
+            parser.error(f"{options.result}: there are no results of python -m bench.gpu")
+        if not options.write:
+            print(run_text(run))
+            return 0
+        if not is_of_gpu(run):
+            parser.error(f"{options.result}: no GPU was measured there; a dry run, or one that measured nothing, is not for the pages")
+        publish(run, GPU)
+        fill_pages(blocks(read(DOCUMENTED)))
+        return 0
     for path in filter(None, (options.result, options.against)):
         if not path.is_file():
             parser.error(f"{path}: there is no such file; python -m bench writes one")
@@ -501,9 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.write:
         print(text(result))
         return 0
-    shown = blocks(result)
-    for page in PAGES:
-        page.write_text(filled(page.read_text(), shown))
+    fill_pages(blocks(result))
     for operation, path in plots(result).items():
         plot(result, operation, path)
     plot_head_accuracy(result if "head_accuracy" in result else read(HEAD_ACCURACY), HEAD_PLOT)

@@ -235,7 +235,10 @@ def test_pages_show_the_committed_result(page):
 
 
 def test_plots_are_there():
-    assert [path for path in (*report.plots(report.read(report.DOCUMENTED)).values(), report.HEAD_PLOT) if not path.exists()] == []
+    run = report.kept(report.GPU)
+    of_gpu = report.plots(run["gpu"], "bench-gpu") if report.is_of_gpu(run) else {}
+    wanted = [*report.plots(report.read(report.DOCUMENTED)).values(), *of_gpu.values(), report.HEAD_PLOT]
+    assert [path for path in wanted if not path.exists()] == []
 
 
 def test_measured_reads_its_sittings():
