@@ -31,6 +31,7 @@ class Objective(NamedTuple):
     tokens: Tokens  # of shape S; logprobs and entropy unfilled, the mask includes the ids
     config: PolicyLossConfig
     evaluated: Tensor | None  # bool, S: the rows whose log-probs are needed; None for all of the mask
+    with_metrics: bool
     backend: str
     outside_support: Tensor | None = None  # how many tokens the mask leaves out because the sampler's support does
 
@@ -67,14 +68,16 @@ class Objective(NamedTuple):
         entropy = None if entropy is None else entropy.view(shape)
         tokens = self.tokens._replace(logprobs=logprobs, entropy=entropy)
         if self.evaluated is None:
-            loss, metrics = policy_loss_on_tokens(tokens, self.config, self.backend)
+            loss, metrics = policy_loss_on_tokens(tokens, self.config, self.with_metrics, self.backend)
         else:
             # Rows without an advantage add nothing to the loss but stay in its denominators; the metrics are of the others.
             old = torch.zeros_like(logprobs) if tokens.old_logprobs is None else tokens.old_logprobs.to(logprobs.dtype)
-            loss, _ = policy_loss_on_tokens(tokens._replace(logprobs=torch.where(self.evaluated, logprobs, old)), self.config, self.backend)
-            with torch.no_grad():
-                _, metrics = policy_loss_on_tokens(tokens._replace(mask=self.evaluated), self.config, self.backend)
-        if self.outside_support is not None:
+            filled = tokens._replace(logprobs=torch.where(self.evaluated, logprobs, old))
+            loss, metrics = policy_loss_on_tokens(filled, self.config, False, self.backend)
+            if self.with_metrics:
+                with torch.no_grad():
+                    _, metrics = policy_loss_on_tokens(tokens._replace(mask=self.evaluated), self.config, True, self.backend)
+        if self.outside_support is not None and self.with_metrics:
             metrics["outside_support"] = metrics["outside_support"] + self.outside_support
         return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
 
@@ -89,7 +92,15 @@ def _counted(ids: Tensor, mask: Tensor | None, keep: KeptTokens | None) -> tuple
 
 
 def _objective(
-    given: Tokens, keep: KeptTokens | None, ids: Tensor, config: PolicyLossConfig, with_entropy: bool, skip: bool, validate: bool, backend: str
+    given: Tokens,
+    keep: KeptTokens | None,
+    ids: Tensor,
+    config: PolicyLossConfig,
+    with_entropy: bool,
+    with_metrics: bool,
+    skip: bool,
+    validate: bool,
+    backend: str,
 ) -> Objective:
     """Check the objective's own arguments, ``given`` with the caller's mask, whose log-probs and entropy are yet unfilled.
 
@@ -105,7 +116,7 @@ def _objective(
         if not config.is_token_level:  # a sequence is needed whole
             some = sequence_sum(evaluated.to(tokens.logprobs.dtype), tokens.cu_seqlens) > 0
             evaluated = live & to_tokens(some, live, tokens.cu_seqlens)
-    return Objective(tokens, config, evaluated, backend, outside_support)
+    return Objective(tokens, config, evaluated, with_metrics, backend, outside_support)
 
 
 def fused_policy_loss(
@@ -126,6 +137,7 @@ def fused_policy_loss(
     cu_seqlens: Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008  (frozen)
     with_entropy: bool = True,
+    with_metrics: bool = True,
     inplace: bool = False,
     keep: KeptTokens | None = None,
     process_group: ProcessGroup = None,
@@ -142,6 +154,7 @@ def fused_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask, normalizer, cu_seqlens, config: as in
             :func:`rlkern.policy_loss`.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
+        with_metrics: as in :func:`rlkern.policy_loss`.
         process_group: as in :func:`rlkern.token_logprobs`; the gradient is then made in the backward.
         inplace: write the gradient over ``logits``, in the forward where it is made there: they are gone afterwards. Nothing else may use them.
         validate, backend: as in :func:`rlkern.token_logprobs`.
@@ -169,7 +182,7 @@ def fused_policy_loss(
         normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
     )
-    objective = _objective(given, keep, ids, config, with_entropy, False, x.validate, x.rows.backend)
+    objective = _objective(given, keep, ids, config, with_entropy, with_metrics, False, x.validate, x.rows.backend)
     here, rows = x.logits, x.rows._replace(mask=objective.tokens.mask)
     if keep is not None:  # the gradient may go over the copy, which is ours
         here, inplace = Restrict.apply(here, *x.kept, rows.backend), True
@@ -208,6 +221,7 @@ def fused_linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008  (frozen)
     with_entropy: bool = True,
+    with_metrics: bool = True,
     logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     rows: Tensor | None = None,
@@ -229,6 +243,7 @@ def fused_linear_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, importance_weights, sampling_logprobs, entropy_mask, normalizer, cu_seqlens, config: as in
             :func:`rlkern.policy_loss`; ids of -100 count as masked.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
+        with_metrics: as in :func:`rlkern.policy_loss`.
         rows: ``[n]``, int32 or int64: the positions of flattened ``S`` whose loss can have a gradient, where the caller knows them. The others must
             be masked, or have advantage 0 with neither a KL nor an entropy term (nor a surrogate of your own that is not 0 there): they still
             count in the denominators, but not in the metrics.
@@ -275,7 +290,7 @@ def fused_linear_policy_loss(
         normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
     )
-    objective = _objective(given, keep, ids, config, with_entropy, compact is True, x.validate, x.rows.backend)
+    objective = _objective(given, keep, ids, config, with_entropy, with_metrics, compact is True, x.validate, x.rows.backend)
     if x.work.rows is not None:
         computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.work.rows, True)
         objective = objective._replace(evaluated=computed.view(ids.shape))

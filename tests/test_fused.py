@@ -611,3 +611,25 @@ def test_clipped_rows_have_no_gradient_where_all_rows_are_live():
     rk.fused_linear_policy_loss(hidden, weight, ids, old, torch.ones(2), mask=torch.ones(2, 8)).loss.backward()
     assert (hidden.grad[:, 1::2] == 0).all()
     assert (hidden.grad[:, ::2].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("config", [Config(kl_coef=0.1), Config.gspo()], ids=["token", "sequence"])
+def test_without_metrics(backend, device, config):
+    """The loss and its gradients are the same bits, at every depth."""
+    problem = Problem(torch.float32, device=device)
+    (ids, old, advantages), named = problem.arguments(config)
+    h, w, b = problem.leaves()
+    lp, entropy = rk.token_logprobs(problem.logits(), ids, mask=problem.mask, with_entropy=True, backend=backend)
+    tokens = {name: x for name, x in named.items() if name not in (*problem.scaling, "validate", "backend")}
+    lp, logits = lp.detach().requires_grad_(), problem.logits().detach().requires_grad_()
+    for f, leaves in (
+        (lambda **o: rk.policy_loss(lp, old, advantages, entropy=entropy, **tokens, **o), [lp]),
+        (lambda **o: rk.fused_policy_loss(logits, ids, old, advantages, **named, **o), [logits]),
+        (lambda **o: rk.fused_linear_policy_loss(h, w, ids, old, advantages, bias=b, **named, **o), [h, w, b]),
+    ):
+        full, bare = (f(backend=backend, with_metrics=with_metrics) for with_metrics in (True, False))
+        assert full.metrics
+        assert bare.metrics == {}
+        assert torch.equal(full.loss, bare.loss)
+        for x, y in zip(torch.autograd.grad(full.loss, leaves), torch.autograd.grad(bare.loss, leaves), strict=True):
+            assert torch.equal(x, y)

@@ -12,7 +12,7 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import config as config_module
 from rlkern import reference
-from rlkern.ops.policy import Tokens, policy_loss_op
+from rlkern.ops.policy import Tokens, Wanted, policy_loss_op
 from rlkern.ops.triton_backend import layout as tokens
 
 from .judge import assert_accurate, error, opcheck
@@ -491,7 +491,7 @@ def test_gradcheck(case, device):
 def test_opcheck(packed, backend, device):
     batch = make_batch(device).to(torch.float32)
     batch = pack(batch) if packed else batch
-    opcheck(policy_loss_op, Tokens(*batch[:-1], None, batch.cu_seqlens), Config.gspo(kl_coef=0.1), True, True, backend)
+    opcheck(policy_loss_op, Tokens(*batch[:-1], None, batch.cu_seqlens), Config.gspo(kl_coef=0.1), Wanted(True, True, True), backend)
 
 
 @pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's own code does not compile without vector instructions")

@@ -154,7 +154,7 @@ def test_second_derivative_is_an_error(backend, device):
 def test_opcheck(layout, backend, device):
     x = layout(batch(device, torch.float32))
     values = Values(x["values"], x["old_values"], x["returns"], x["mask"], None, x.get("cu_seqlens"))
-    opcheck(value_loss_op, values, ValueOptions(0.2, "seq-mean-token-mean", 5.0), True, backend)
+    opcheck(value_loss_op, values, ValueOptions(0.2, "seq-mean-token-mean", 5.0, True), True, backend)
 
 
 def test_torch_compile(backend, device):
@@ -287,3 +287,12 @@ def test_no_preferences(device):
 def test_errors_of_preferences(call, error_type, message):
     with pytest.raises(error_type, match=message):
         call(torch.zeros(3))
+
+
+def test_without_metrics(backend, device):
+    x = batch(device, torch.float32)
+    values = x.pop("values").requires_grad_()
+    full, bare = (rk.value_loss(values, **x, clip_range=0.2, with_metrics=wanted, backend=backend) for wanted in (True, False))
+    assert bare.metrics == {}
+    assert torch.equal(full.loss, bare.loss)
+    assert torch.equal(*(torch.autograd.grad(out.loss, values)[0] for out in (full, bare)))

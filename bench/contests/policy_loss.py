@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ def from_logprobs(device: torch.device, sequences: int, length: int) -> Contest:
         tokens.logprobs.requires_grad_()
         return tokens
 
-    def ours(t: Tokens) -> Tensor:
-        return rk.policy_loss(t.logprobs, t.old, t.advantages, mask=t.mask, ref_logprobs=t.ref, config=CONFIG).loss
+    def ours(t: Tokens, with_metrics: bool = False) -> Tensor:  # the others make no metrics
+        return rk.policy_loss(t.logprobs, t.old, t.advantages, mask=t.mask, ref_logprobs=t.ref, config=CONFIG, with_metrics=with_metrics).loss
 
     def timed(function: Callable[[], Callable[[Tokens], Tensor]]) -> Prepare:
         def prepare(t: Tokens) -> Call:
@@ -69,6 +70,7 @@ def from_logprobs(device: torch.device, sequences: int, length: int) -> Contest:
         exact_loss,
         {
             OURS: timed(lambda: ours),
+            "rlkern, with metrics": timed(lambda: partial(ours, with_metrics=True)),
             "PyTorch": timed(lambda: plain(peers.clipped_loss)),
             "PyTorch, torch.compile": timed(lambda: plain(peers.compiled(peers.clipped_loss, device))),
         },
@@ -123,7 +125,7 @@ def from_logits(device: torch.device, sequences: int, length: int, vocabulary: i
     def fused(x: Logits) -> Tensor:
         t = x.tokens
         states = x.logits[:, :-1]
-        options = {"mask": t.mask, "ref_logprobs": t.ref, "config": CONFIG, "with_entropy": False}
+        options = {"mask": t.mask, "ref_logprobs": t.ref, "config": CONFIG, "with_entropy": False, "with_metrics": False}
         return rk.fused_policy_loss(states, x.ids, t.old, t.advantages, **options).loss  # type: ignore[arg-type]
 
     def after(logprobs: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Logits], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ def contest(device: torch.device, sequences: int, length: int) -> Contest:
         loss, _ = reference.value_loss(values, x.old.double(), x.returns.double(), mask=x.mask, clip_range=CLIP)
         return loss.detach(), torch.autograd.grad(loss, values)[0]
 
-    def ours(x: Inputs) -> Tensor:
-        return rk.value_loss(x.values, x.old, x.returns, mask=x.mask, clip_range=CLIP).loss
+    def ours(x: Inputs, with_metrics: bool = False) -> Tensor:  # the others make no metrics
+        return rk.value_loss(x.values, x.old, x.returns, mask=x.mask, clip_range=CLIP, with_metrics=with_metrics).loss
 
     def timed(function: Callable[[], Callable[[Inputs], Tensor]]) -> Prepare:
         def prepare(x: Inputs) -> Call:
@@ -55,6 +56,7 @@ def contest(device: torch.device, sequences: int, length: int) -> Contest:
         exact,
         {
             OURS: timed(lambda: ours),
+            "rlkern, with metrics": timed(lambda: partial(ours, with_metrics=True)),
             "PyTorch": timed(lambda: lambda x: peers.clipped_value_loss(*x, CLIP)),
             "PyTorch, torch.compile": timed(lambda: lambda x: peers.compiled(peers.clipped_value_loss, device)(*x, CLIP)),
         },

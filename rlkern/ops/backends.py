@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .divergence import Comparison, Divergences
     from .fused import PolicyRows, Weights
     from .logits import Rows, Saved, Slopes, Statistics
-    from .policy import PolicyResults, Tokens
+    from .policy import PolicyResults, Tokens, Wanted
     from .scan import Numbers, ScanOptions, Sequences, Steps
     from .value import ValueOptions, ValueResults, Values
 
@@ -38,11 +38,11 @@ class Backend(Protocol):
     def token_slopes(self, logprobs: Tensor, live: Tensor, terms: PolicyRows, config: PolicyLossConfig) -> Tensor:
         """d loss / d logprob of tokens by themselves."""
 
-    def policy_loss(self, tokens: Tokens, config: PolicyLossConfig, out: PolicyResults) -> None:
-        """Loss, metrics and gradients on tokens."""
+    def policy_loss(self, tokens: Tokens, config: PolicyLossConfig, wanted: Wanted, out: PolicyResults) -> None:
+        """Loss, metrics and gradients on tokens; of metrics that are not wanted, anything."""
 
     def value_loss(self, x: Values, options: ValueOptions, out: ValueResults) -> None:
-        """Loss, metrics and gradient on tokens."""
+        """Loss, metrics and gradient on tokens; of metrics that are not wanted, anything."""
 
     def divergence(self, logits: Tensor, ref_logits: Tensor, comparison: Comparison, out: Divergences) -> None:
         """Divergence of rows of whole vocabularies."""

@@ -109,9 +109,17 @@ class Options(NamedTuple):
         )
 
 
+class Wanted(NamedTuple):
+    """Which results of a policy loss are wanted beside the loss: the gradients with respect to log-probs and entropy, and the metrics."""
+
+    grad_logprobs: bool
+    grad_entropy: bool
+    metrics: bool
+
+
 class PolicyResults(NamedTuple):
-    """``numbers``: the factors by which the gradients with respect to log-probs and to entropy, undivided, are to be multiplied; then the metrics.
-    A gradient is empty where it is not wanted."""
+    """``numbers``: the factors by which the gradients with respect to log-probs and to entropy, undivided, are to be multiplied; then the metrics, if
+    these are wanted. A gradient is empty where it is not wanted."""
 
     loss: Tensor
     numbers: Tensor
@@ -119,9 +127,9 @@ class PolicyResults(NamedTuple):
     grad_entropy: Tensor
 
     @classmethod
-    def empty(cls, logprobs: Tensor, with_logprobs_gradient: bool, with_entropy_gradient: bool) -> PolicyResults:
+    def empty(cls, logprobs: Tensor, wanted: Wanted) -> PolicyResults:
         """Unfilled."""
-        shapes = ((), (2 + len(METRICS),), *(logprobs.shape if wanted else (0,) for wanted in (with_logprobs_gradient, with_entropy_gradient)))
+        shapes = ((), (2 + len(METRICS),), *(logprobs.shape if there else (0,) for there in wanted[:2]))
         dtype = state_dtype(logprobs.dtype)
         return cls(*(torch.empty(shape, dtype=dtype, device=logprobs.device) for shape in shapes))
 
@@ -130,11 +138,9 @@ class PolicyResults(NamedTuple):
 
 
 @operator("policy_loss")
-def policy_loss_op(
-    tokens: Tokens, config: PolicyLossConfig, with_logprobs_gradient: bool, with_entropy_gradient: bool, backend: str
-) -> PolicyResults:
+def policy_loss_op(tokens: Tokens, config: PolicyLossConfig, wanted: Wanted, backend: str) -> PolicyResults:
     """Loss, metrics, and the gradients that are wanted."""
-    out = PolicyResults.empty(tokens.logprobs, with_logprobs_gradient, with_entropy_gradient)
+    out = PolicyResults.empty(tokens.logprobs, wanted)
     if tokens.logprobs.numel() == 0:
         out.loss.zero_()
         out.numbers.zero_()
@@ -142,23 +148,23 @@ def policy_loss_op(
     if tokens.cu_seqlens is not None:  # tokens beyond the last sequence belong to no program
         out.grad_logprobs.zero_()
         out.grad_entropy.zero_()
-    backend_of(backend).policy_loss(tokens, config, out)
+    backend_of(backend).policy_loss(tokens, config, wanted, out)
     return out
 
 
 @fake_of(policy_loss_op)
-def _(tokens: Tokens, config: PolicyLossConfig, with_logprobs_gradient: bool, with_entropy_gradient: bool, backend: str) -> PolicyResults:
-    return PolicyResults.empty(tokens.logprobs, with_logprobs_gradient, with_entropy_gradient)
+def _(tokens: Tokens, config: PolicyLossConfig, wanted: Wanted, backend: str) -> PolicyResults:
+    return PolicyResults.empty(tokens.logprobs, wanted)
 
 
 class PolicyLoss(torch.autograd.Function):
-    """(loss, numbers), differentiable in log-probs and entropy. ``apply(*tokens, config, backend)``."""
+    """(loss, numbers), differentiable in log-probs and entropy. ``apply(*tokens, config, with_metrics, backend)``."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        tokens, config, backend = split(arguments, Tokens)
-        needs = Tokens._make(ctx.needs_input_grad[: len(Tokens._fields)])
-        out = policy_loss_op(tokens, config, needs.logprobs, needs.entropy, backend)
+        tokens, config, with_metrics, backend = split(arguments, Tokens)
+        takes = dict(zip(Tokens._fields, ctx.needs_input_grad, strict=False))
+        out = policy_loss_op(tokens, config, Wanted(takes["logprobs"], takes["entropy"], with_metrics), backend)
         ctx.save_for_backward(out.numbers, out.grad_logprobs, out.grad_entropy)
         ctx.dtypes = tokens.logprobs.dtype, None if tokens.entropy is None else tokens.entropy.dtype
         ctx.mark_non_differentiable(out.numbers)
@@ -176,9 +182,9 @@ class PolicyLoss(torch.autograd.Function):
         return tuple(grads)
 
 
-def policy_loss(x: Tokens, config: PolicyLossConfig, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics); differentiable in ``x.logprobs`` and ``x.entropy``. Arguments are checked by the caller."""
+def policy_loss(x: Tokens, config: PolicyLossConfig, with_metrics: bool, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics, none unless wanted); differentiable in ``x.logprobs`` and ``x.entropy``. Arguments are checked by the caller."""
     # Detached, the constants are also distinct tensors where one serves twice (old as sampling log-probs), which torch.compile insists on.
     constants = {name: t.detach() for name, t in x._asdict().items() if t is not None and name not in ("logprobs", "entropy")}
-    loss, numbers = PolicyLoss.apply(*x._replace(**constants), config, backend)
-    return loss, dict(zip(METRICS, numbers[2:].unbind(), strict=True))
+    loss, numbers = PolicyLoss.apply(*x._replace(**constants), config, with_metrics, backend)
+    return loss, dict(zip(METRICS, numbers[2:].unbind(), strict=True)) if with_metrics else {}

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    """True where a mask of any dtype is not 0."""
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def bits(where: Tensor, dtype: torch.dtype) -> Tensor:
     """All ones where a bool tensor is true, else zeros: integers as wide as numbers of ``dtype``, float32 or float64."""
     return where.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
@@ -20,9 +25,12 @@ def select(chosen: Tensor, x: Tensor) -> Tensor:
 
 def times(x: Tensor, y: Tensor) -> Tensor:
     """x y, 0 where x is 0 whatever y is: what the objective does not need may have overflowed."""
-    return select(bits(x != 0, x.dtype), x * y)
+    product = x * y
+    if product.device.type == "cpu" and not bool(product.sum().isnan()):  # elsewhere, asking would be a synchronisation
+        return product
+    return select(bits(x != 0, x.dtype), product)
 
 
-def as_number(compare: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+def as_number(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float) -> Tensor:
     """``torch.lt(x, y)`` or its like as 1 and 0 of the dtype of ``x``."""
     return compare(x, y, out=torch.empty_like(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,21 @@ def per_token(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return (x.unsqueeze(-1) if x.shape == like.shape[:-1] else x).expand_as(like)
 
 
-def divisor(aggregation: str, normalizer: Tensor | None, m: Tensor, cu_seqlens: Tensor | None, max_length: float) -> Tensor:
-    """The number that the sum of (weighted) losses over the mask ``m`` is divided by. A count of 0 divides by 1."""
+def divisor(
+    aggregation: str,
+    normalizer: Tensor | None,
+    tokens: Callable[[], Tensor],
+    sequences: Callable[[], Tensor],
+    max_length: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The number that the sum of (weighted) losses is divided by, from the counts of tokens and of non-empty sequences; 1 where that is 0."""
     if normalizer is not None:
-        count = normalizer.to(m.dtype)
-    elif aggregation == "token-mean":
-        count = m.sum()
+        count = normalizer.to(dtype)
     elif aggregation == "sum":
-        count = m.new_ones(())
+        return torch.ones((), dtype=dtype, device=tokens().device)
     else:
-        count = (sequence_sum(m, cu_seqlens) > 0).sum().to(m.dtype)
+        count = (tokens if aggregation == "token-mean" else sequences)().to(dtype)
     count = torch.where(count == 0, 1.0, count)
     return count * max_length if aggregation == "seq-mean-token-sum-norm" else count
 
@@ -58,7 +65,8 @@ def aggregation_weights(
 ) -> Tensor:
     """The weight of each token's loss, of the shape of ``mask``. ``max_length`` None: the length of the time dimension."""
     m = mask.to(dtype)
-    by = divisor(aggregation, normalizer, m, cu_seqlens, float(mask.shape[-1] if max_length is None else max_length))
+    longest = float(mask.shape[-1] if max_length is None else max_length)
+    by = divisor(aggregation, normalizer, m.sum, lambda: (sequence_sum(m, cu_seqlens) > 0).sum(), longest, dtype)
     if aggregation == "seq-mean-token-mean":
         return m / to_tokens(sequence_sum(m, cu_seqlens), m, cu_seqlens).clamp(min=1) / by
     return m / by

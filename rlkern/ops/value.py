@@ -30,10 +30,12 @@ class ValueOptions(NamedTuple):
     clip: float  # read where there are old values
     aggregation: str
     max_length: float
+    with_metrics: bool
 
 
 class ValueResults(NamedTuple):
-    """``numbers``: the factor by which the gradient, undivided, is to be multiplied; then the metrics. The gradient is empty where not wanted."""
+    """``numbers``: the factor by which the gradient, undivided, is to be multiplied; then the metrics, if these are
+    wanted. The gradient is empty where it is not."""
 
     loss: Tensor
     numbers: Tensor
@@ -88,7 +90,7 @@ class ValueLoss(torch.autograd.Function):
 
 
 def value_loss(x: Values, options: ValueOptions, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics); differentiable in ``x.values``. Arguments are checked by the caller."""
+    """(loss, metrics, none unless wanted); differentiable in ``x.values``. Arguments are checked by the caller."""
     constants = Values._make(None if t is None else t.detach() for t in x)
     loss, numbers = ValueLoss.apply(*constants._replace(values=x.values), *options, backend)
-    return loss, dict(zip(METRICS, numbers[1:].unbind(), strict=True))
+    return loss, dict(zip(METRICS, numbers[1:].unbind(), strict=True)) if options.with_metrics else {}

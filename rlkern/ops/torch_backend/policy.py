@@ -7,50 +7,40 @@ from torch import Tensor
 
 from ...config import PolicyLossConfig
 from ..fused import PolicyRows
-from ..policy import Options, PolicyResults, Tokens, needs_statistics
-from ..select import bits, select, times
-from ..sequences import divisor, one_a_sequence, per_token, sequence_sum, to_tokens
+from ..policy import Options, PolicyResults, Tokens, Wanted, needs_statistics
+from ..select import as_bool, times
+from ..sequences import one_a_sequence
+from .counted import Counted
 from .terms import clamp, functions_of, log_weight, objective, outside, zero_where
 
 
-def policy_loss(x: Tokens, config: PolicyLossConfig, out: PolicyResults) -> None:
+def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: PolicyResults) -> None:
     """Fill ``out``."""
-    dtype, time, cu_seqlens = out.numbers.dtype, x.logprobs.shape[-1], x.cu_seqlens
-    o, parts, surrogate = Options.of(config, time), config.parts, functions_of(config)
-    mask = None if x.mask is None else x.mask != 0
-    outside_support = x.logprobs == -torch.inf if mask is None else mask & (x.logprobs == -torch.inf)
-    if x.logprobs.device.type != "cpu" or bool(outside_support.any()):  # elsewhere, asking would be a synchronisation
-        mask = ~outside_support if mask is None else mask & ~outside_support
-    kept_mask = mask if x.entropy_mask is None else (x.entropy_mask != 0 if mask is None else mask & (x.entropy_mask != 0))
-    live, kept = (None if t is None else bits(t, dtype) for t in (mask, kept_mask))
+    dtype, o, parts, surrogate = out.numbers.dtype, Options.of(config, x.logprobs.shape[-1]), config.parts, functions_of(config)
+    mask = None if x.mask is None else as_bool(x.mask)
+    # Where there is a log-prob of -inf: elsewhere than on a CPU, asking would be a synchronisation; a NaN may hide one.
+    outside_support: int | Tensor = 0
+    if x.logprobs.device.type != "cpu" or not bool(x.logprobs.amin() > -torch.inf):
+        found = x.logprobs == -torch.inf
+        outside_support = (found if mask is None else mask & found).sum()
+        mask = ~found if mask is None else mask & ~found
+    c = Counted(x.logprobs, mask, x.cu_seqlens, dtype)
 
-    def counted(values: Tensor, where: Tensor | None) -> Tensor:
-        return values if where is None else select(where, values)
+    def read(t: Tensor | None) -> Tensor | None:
+        return None if t is None else c.read(t)
 
-    def read(t: Tensor) -> Tensor:  # a masked position is never read
-        return counted(per_token(t, x.logprobs, cu_seqlens).to(dtype), live)
-
-    def sum_of(values: Tensor) -> Tensor:
-        return counted(values, live).sum()
-
-    def over_sequences(values: Tensor) -> Tensor:
-        return to_tokens(sequence_sum(values, cu_seqlens), values, cu_seqlens)
-
-    lp = read(x.logprobs)
-    old = lp if x.old_logprobs is None else read(x.old_logprobs)
-    A = read(x.advantages)
-    w = None if x.importance_weights is None else read(x.importance_weights)
-    sampling = None if x.sampling_logprobs is None else read(x.sampling_logprobs)
-    ones = torch.ones_like(lp)
-    m, kept_m = counted(ones, live), counted(ones, kept)
-
-    length = kept_length = ones
+    lp, A = c.read(x.logprobs), c.read(x.advantages)
+    old, ref, w, sampling, h = (read(t) for t in (x.old_logprobs, x.ref_logprobs, x.importance_weights, x.sampling_logprobs, x.entropy))
+    old = lp if old is None else old
+    kept = None if x.entropy_mask is None else c.read(as_bool(x.entropy_mask))  # 1 or 0
+    length = kept_length = lp.new_ones(())
     if needs_statistics(config):
-        length, kept_length = over_sequences(m).clamp(min=1), over_sequences(kept_m).clamp(min=1)
+        length = c.lengths()
+        kept_length = length if kept is None else c.lengths(kept)
 
     raw = lp - old
     if config.ratio_level != "token":
-        raw = over_sequences(raw)
+        raw = c.over_sequences(raw)
         if config.ratio_level != "sequence_sum":
             raw = raw / length
     stopped = outside(raw, o.log_ratio_low, o.log_ratio_high)
@@ -59,80 +49,78 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, out: PolicyResults) -> None
     if surrogate.summand is not None:
         summand, slope = surrogate.summand(log_r, A, o)
         if parts.reduction == "kept-mean":
-            surrogate_log_r = over_sequences(counted(summand, kept)) / kept_length
+            surrogate_log_r = c.over_sequences(c.zeroed(summand) if kept is None else times(kept, summand)) / kept_length
         else:
-            surrogate_log_r = over_sequences(counted(summand, live))
+            surrogate_log_r = c.over_sequences(c.zeroed(summand))
             if x.importance_weights is not None and w is not None:
-                log_w = counted(log_weight(w), live)
-                surrogate_log_r = surrogate_log_r + (log_w if one_a_sequence(x.importance_weights, lp, cu_seqlens) else over_sequences(log_w))
+                log_w = c.zeroed(log_weight(w))
+                one = one_a_sequence(x.importance_weights, x.logprobs, x.cu_seqlens)
+                surrogate_log_r = surrogate_log_r + (log_w if one else c.over_sequences(log_w))
             w = None
 
-    keep = mask if parts.reduction == "kept-mean" else kept_mask
+    keep = None if kept is None or parts.reduction == "kept-mean" else kept != 0
     if config.off_policy_threshold is not None and sampling is not None:
-        fresh = (A >= 0) | (over_sequences(sampling - lp) / length <= config.off_policy_threshold)
+        fresh = (A >= 0) | (c.over_sequences(sampling - lp) / length <= config.off_policy_threshold)
         keep = fresh if keep is None else keep & fresh
-    ref = None if x.ref_logprobs is None else read(x.ref_logprobs)
     loss, d_lp, d_log_r, d_own, kl = objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, config, o)
 
-    by = divisor(config.aggregation, x.normalizer, m, cu_seqlens, o.max_length)
-    scale = 1 / length if config.aggregation == "seq-mean-token-mean" else None  # what the lengths put into the weight of a token
-    entropy_m, entropy_scale, entropy_by = m, scale, by
+    by = c.divisor(config.aggregation, x.normalizer, o.max_length)
+    scale = 1 / length if config.aggregation == "seq-mean-token-mean" else None  # of a token, by its sequence
+    entropy_weights, entropy_by = scale, by
     own = config.own_entropy_aggregation
     if own:
-        entropy_m, entropy_scale = kept_m, 1 / kept_length if own == "seq-mean-token-mean" else None
-        entropy_by = divisor(own, None, kept_m, cu_seqlens, o.max_length)
-    entropy_weights = entropy_m if entropy_scale is None else entropy_m * entropy_scale
+        entropy_weights = 1 / kept_length if own == "seq-mean-token-mean" else None
+        if kept is not None:
+            entropy_weights = kept if entropy_weights is None else kept * entropy_weights
+        entropy_by = c.divisor(own, None, o.max_length, kept)
 
-    def scaled(values: Tensor) -> Tensor:
-        return values if scale is None else values * scale
-
-    total = sum_of(scaled(loss)) / by
-    h = None if x.entropy is None else read(x.entropy)
+    loss = c.zeroed(loss)
+    total = (loss if scale is None else loss * scale).sum() / by
     if h is not None and config.entropy_coef != 0:
-        total = total - config.entropy_coef * ((entropy_weights * h).sum() / entropy_by)
+        total = total - config.entropy_coef * ((h if entropy_weights is None else entropy_weights * h).sum() / entropy_by)
     out.loss.copy_(total)
 
-    count = m.sum().clamp(min=1)
-    r = log_r.exp()
-    low, high, dual = (t.count_nonzero() for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
-    sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else sum_of(t) for t in (kl, h)), sum_of(r)]
-    largest = counted(r, live).amax()
-    out.numbers.copy_(torch.stack([1 / by, 1 / entropy_by, *(t.to(dtype) / count for t in sums), largest, outside_support.sum().to(dtype)]))
+    out.numbers[0], out.numbers[1] = 1 / by, 1 / entropy_by
+    if wanted.metrics:
+        r = c.zeroed(log_r.exp())
+        low, high, dual = (t.sum(dtype=dtype) for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
+        sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else c.zeroed(t).sum() for t in (kl, h)), r.sum()]
+        torch.div(torch.stack(sums), c.number().clamp(min=1), out=out.numbers[2:-2])
+        out.numbers[-2], out.numbers[-1] = r.amax(), outside_support
 
     if out.grad_entropy.numel():
-        out.grad_entropy.copy_(-o.entropy_coef * entropy_weights)
+        out.grad_entropy.copy_(-o.entropy_coef * (c.ones if entropy_weights is None else c.zeroed(entropy_weights)))
     if out.grad_logprobs.numel():
         gradient = d_lp
         if surrogate.summand is None:
             d_log_r = d_log_r + d_own
         elif slope is not None and isinstance(d_own, Tensor):
-            share = over_sequences(counted(d_own, live)) / kept_length
-            gradient = gradient + times(counted(zero_where(stopped, slope), kept), share)
+            share = c.over_sequences(c.zeroed(d_own)) / kept_length
+            own_slope = zero_where(stopped, slope)
+            gradient = gradient + times(own_slope if kept is None else kept * own_slope, share)
         if isinstance(d_log_r, Tensor):
             d_log_r = zero_where(stopped, d_log_r)
             if config.ratio_level in ("sequence", "sequence_sum"):
-                d_log_r = over_sequences(counted(d_log_r, live)) / (length if config.ratio_level == "sequence" else 1.0)
+                d_log_r = c.over_sequences(c.zeroed(d_log_r))
+                d_log_r = d_log_r / length if config.ratio_level == "sequence" else d_log_r
             gradient = gradient + d_log_r
-        out.grad_logprobs.copy_(counted(scaled(torch.as_tensor(gradient)), live))
+        gradient = torch.as_tensor(gradient)
+        out.grad_logprobs.copy_(c.zeroed(gradient if scale is None else gradient * scale))
 
 
 def token_slopes(logprobs: Tensor, live: Tensor, terms: PolicyRows, config: PolicyLossConfig) -> Tensor:
     """As :func:`policy_loss` has them, for tokens by themselves."""
-    dtype, o = logprobs.dtype, Options.of(config, 1)
-    counted = bits(live & (logprobs != -torch.inf), dtype)
-
-    def read(t: Tensor | None) -> Tensor | None:
-        return None if t is None else select(counted, t.to(dtype))
-
-    lp, old, A, ref, w, sampling = (read(t) for t in (logprobs, *terms[:5]))
-    assert lp is not None
+    o = Options.of(config, 1)
+    c = Counted(logprobs, live & (logprobs != -torch.inf), None, logprobs.dtype)
+    lp = c.read(logprobs)
+    old, A, ref, w, sampling = (None if t is None else c.read(t) for t in terms[:5])
     assert A is not None
     old = lp if old is None else old
     raw = lp - old
     log_r = clamp(raw, o.log_ratio_low, o.log_ratio_high)
-    kept = None if terms.entropy_mask is None else terms.entropy_mask != 0
-    _, d_lp, d_log_r, d_own, _ = objective(lp, old, log_r, log_r, A, w, kept, ref, sampling, config, o)
+    keep = None if terms.entropy_mask is None else c.read(as_bool(terms.entropy_mask)) != 0
+    _, d_lp, d_log_r, d_own, _ = objective(lp, old, log_r, log_r, A, w, keep, ref, sampling, config, o)
     slope = d_log_r + d_own
     if isinstance(slope, Tensor):
         d_lp = d_lp + zero_where(outside(raw, o.log_ratio_low, o.log_ratio_high), slope)
-    return select(counted, torch.as_tensor(d_lp))
+    return c.zeroed(torch.as_tensor(d_lp))

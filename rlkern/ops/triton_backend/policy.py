@@ -12,7 +12,7 @@ from ...config import KL_ESTIMATORS, PolicyLossConfig
 from ...kernels import kl, policy, tokens
 from ...surrogates import own_surrogate
 from ..fused import PolicyRows
-from ..policy import Options, PolicyResults, Tokens, needs_statistics, policy_loss_op
+from ..policy import Options, PolicyResults, Tokens, Wanted, needs_statistics, policy_loss_op
 from ..sequences import one_a_sequence
 from .layout import WARPS, Layout
 
@@ -27,8 +27,8 @@ def term_functions(config: PolicyLossConfig) -> dict[str, Any]:
     }
 
 
-def policy_loss(x: Tokens, config: PolicyLossConfig, out: PolicyResults) -> None:
-    """Fill ``out`` in one launch."""
+def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: PolicyResults) -> None:
+    """Fill ``out`` in one launch, which makes the metrics whether they are wanted or not."""
     by_sequence = config.needs_sequences or (
         x.cu_seqlens is not None and any(t is not None and t.shape == (x.cu_seqlens.shape[0] - 1,) for t in (x.advantages, x.importance_weights))
     )
@@ -65,4 +65,4 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, out: PolicyResults) -> None
 
 def token_slopes(logprobs: Tensor, live: Tensor, terms: PolicyRows, config: PolicyLossConfig) -> Tensor:
     """By the kernel of the loss, of which no other result is wanted."""
-    return policy_loss_op(terms.tokens(logprobs, live), config, True, False, "triton").grad_logprobs
+    return policy_loss_op(terms.tokens(logprobs, live), config, Wanted(True, False, False), "triton").grad_logprobs
