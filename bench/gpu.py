@@ -2,11 +2,13 @@
 
     python -m bench.gpu --minutes 6 --out DIR       # on a GPU
     python -m bench.gpu --dry --out DIR             # anywhere: the same stages, tiny, in Triton's interpreter
-    python -m bench.report DIR/gpu.json             # tables and plots of what was measured
+    python -m bench.report DIR                      # what was found, in tables
 
 Stages run in order of worth. Each has its share of the time and what earlier ones left of theirs. Its parts are processes of their own, so that an
 illegal access in one kernel leaves the others alone; they are killed when the stage's time is up. A part replaces ``DIR/<part>.json`` after
 each thing done, ``DIR/<part>.log`` is what it said, ``DIR/summary.json`` and ``DIR/gpu.json`` are written anew after each stage.
+
+Exit status: 0 where all passed, 1 where anything failed or was wrong, 3 where nothing did but the time was up before the end.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ DRY_MINUTES = 5.0  # a bound for a busy machine; a quiet one takes 20 seconds
 # Of what is measured, in order of worth, with shares of the time: torch.compile takes the most of it.
 GROUPS = {"token_logprobs": 0.13, "fused_policy_loss": 0.1, "fused_linear_policy_loss": 0.13, "tokens": 0.06}
 TESTS = [f"tests/test_{name}.py" for name in ("logprobs", "policy_loss", "fused", "scan", "divergence", "value_loss")]
+KILLED, NO_TIME = "killed: its time was up", "not run: no time was left"
 PATIENCE = 5.0  # seconds for a killed process to end
 WORKERS = 16  # at most; each holds half a GiB of the GPU and a core
 ALL = "headline"  # the groups together
@@ -131,7 +134,7 @@ def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
                 status = process.wait(max(0.0, end - time.monotonic()))
                 became[name] = "passed" if status == 0 else f"failed with exit status {status}: see {name}.log"
             except subprocess.TimeoutExpired:
-                became[name] = "killed: its time was up"
+                became[name] = KILLED
     finally:
         for name, process in running.items():
             # The whole group, also where its leader is over: the workers that a part started go with it.
@@ -149,18 +152,19 @@ def measured(out: Path, command: str) -> Json | None:
     files = [out / f"{part}.json" for part in (*GROUPS, ALL)]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     contests = [contest for result in results for contest in result["contests"]]
-    return {"command": command, "environment": results[0]["environment"], "contests": contests} if contests else None
+    failed = {title: why for result in results for title, why in result["failed"].items()}
+    return {"command": command, "environment": results[0]["environment"], "contests": contests, "failed": failed} if contests else None
 
 
-def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> bool:
-    """Run them all; whether all passed."""
+def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> int:
+    """Run them all; the exit status."""
     start = end = time.monotonic()
     summary: dict[str, Json] = {}
     for stage in todo:
         end += seconds * stage.share / sum(s.share for s in todo)
         began = time.monotonic()
         try:
-            became = run(stage, out, end) if began < end else dict.fromkeys(stage.parts, "not run: no time was left")
+            became = run(stage, out, end) if began < end else dict.fromkeys(stage.parts, NO_TIME)
         except OSError as why:
             became = dict.fromkeys(stage.parts, f"failed: {why}")
         summary[stage.name] = {"seconds": round(time.monotonic() - began, 1), "parts": became}
@@ -171,16 +175,22 @@ def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> b
             put_text(out / f"{stage.name}.txt", table + "\n")
         wrong = [f"{part} {what}" for part, what in became.items() if what != "passed"]
         print(f"{stage.name}: {'; '.join(wrong) or 'passed'} ({summary[stage.name]['seconds']} s)", flush=True)
-    passed = all(what == "passed" for stage in summary.values() for what in stage["parts"].values())
-    print(f"{'all passed' if passed else 'not all passed'} in {time.monotonic() - start:.0f} s; written to {out}")
-    return passed
+    all_parts = {part: what for stage in summary.values() for part, what in stage["parts"].items() if what != "passed"}
+    late = [part for part, what in all_parts.items() if what in (KILLED, NO_TIME)]
+    failed = [part for part in all_parts if part not in late]
+    lines = [f"{word}: {', '.join(parts)}" for word, parts in (("failed", failed), ("not finished in time", late)) if parts]
+    print("\n".join([*lines, f"{'all passed' if not lines else 'done'} in {time.monotonic() - start:.0f} s; written to {out}"]))
+    return 1 if failed else 3 if late else 0
 
 
 # ---- parts: what runs in a process of its own --------------------------------------------------------------------------------------------------
 
 
-def each(calls: Mapping[str, Callable[[], Any]], done: Callable[[str, Any, str], None]) -> bool:
-    """Run them; each ends, and its errors show, before the next begins. Whether all did what they should."""
+def each(calls: Mapping[str, Callable[[], Any]], done: Callable[[str, Any, str], None], *, resumable: bool = False) -> bool:
+    """Run them; each ends, and its errors show, before the next begins. Whether all did what they should.
+
+    After an illegal access a process can do no more on a GPU. ``resumable``: a new one goes on, and leaves out what this one has written.
+    """
     import torch
 
     well = True
@@ -196,24 +206,38 @@ def each(calls: Mapping[str, Callable[[], Any]], done: Callable[[str, Any, str],
         print(f"{name}: {failure or 'passed'}", flush=True)
         gc.collect()
         if torch.cuda.is_available():
-            with contextlib.suppress(RuntimeError):  # after an illegal access every call raises; the next one's failure says so
+            try:
+                torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+            except RuntimeError:
+                if resumable:
+                    print("this process can do no more on the GPU; a new one goes on", flush=True)
+                    subprocess.run([sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--resume"], check=False)
+                    return False
     return well
 
 
-def kernels(out: Path, part: str, piece: str, *, dry: bool) -> bool:
+def taken_up(out: Path, part: str, piece: str, names: Sequence[str], *, resumed: bool) -> tuple[dict[str, Any], list[str]]:
+    """(what a process that could do no more has found of a part, the names that are left of its slice)."""
+    index, of = map(int, piece.split("/"))
+    file = out / f"{part}.json"
+    found = json.loads(file.read_text()) if resumed and file.exists() else {}
+    return found, [name for name in names[index::of] if name not in found]
+
+
+def kernels(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
     """A slice of the calls of ``bench/launches.py``, once each: results and gradients against float64."""
     import torch
 
     from bench import launches
+    from bench.environment import environment
     from bench.verdict import entry_kernels, judge, kernels_launched
 
-    index, of = map(int, piece.split("/"))
-    names = list(launches.LAUNCHES)[index::of]
-    if dry:
-        launches.VOCABULARY, names = 500, list(DRY_LAUNCHES)
     device = torch.device("cpu" if dry else "cuda")
-    result: Json = {"entry_kernels": sorted(entry_kernels()), "launches": {}}
+    result, names = taken_up(out, part, piece, DRY_LAUNCHES if dry else list(launches.LAUNCHES), resumed=resumed)
+    launches.VOCABULARY = 500 if dry else launches.VOCABULARY
+    if piece.startswith("0/"):
+        put(out / "environment.json", environment(device) | {"entry_kernels": sorted(entry_kernels())})
 
     def judged(name: str) -> Json:
         with kernels_launched() as launched:
@@ -222,17 +246,18 @@ def kernels(out: Path, part: str, piece: str, *, dry: bool) -> bool:
         return {"kernels": sorted(launched), "findings": found, "wrong": [f.of for f in findings if not f.right]}
 
     def done(name: str, found: Json | None, failure: str) -> None:
-        result["launches"][name] = found or {"failure": failure}
+        result[name] = found or {"failure": failure}
         put(out / f"{part}.json", result)
 
-    well = each({name: partial(judged, name) for name in names}, done)
-    return well and not any(found["wrong"] for found in result["launches"].values())
+    well = each({name: partial(judged, name) for name in names}, done, resumable=True)
+    return well and not any(found["wrong"] for found in result.values())
 
 
 def verdict_table(out: Path) -> str:
     """Of what the workers of the first stage wrote: a line for each launch, with the result that is nearest to its bound, or beyond it."""
-    results = [json.loads(file.read_text()) for file in sorted(out.glob("kernels-*.json"))]
-    found = {name: x for result in results for name, x in result["launches"].items()}
+    found: Json = {}
+    for file in sorted(out.glob("kernels-*.json")):
+        found |= json.loads(file.read_text())
     put(out / "kernels.json", found)
     lines = [f"{'':8}{'launch':50}{'kernels':58}{'nearest to its bound':26}{'error':>10}{'allowed':>10}"]
     for name, x in sorted(found.items()):
@@ -242,8 +267,11 @@ def verdict_table(out: Path) -> str:
             worst = max(x["findings"], key=lambda f: f["error"] / f["allowed"] if f["allowed"] else math.inf if f["error"] else 0.0)
             of, error, allowed = worst["of"], worst["error"], worst["allowed"]
             lines.append(f"{'WRONG' if x['wrong'] else 'right':8}{name:50}{', '.join(x['kernels']):58}{of:26}{error:10.1e}{allowed:10.1e}")
-    missing = {kernel for result in results for kernel in result["entry_kernels"]} - {k for x in found.values() for k in x.get("kernels", ())}
-    return "\n".join([*lines, f"kernels that did not run: {', '.join(sorted(missing)) or 'none'}"])
+    if (out / "environment.json").exists():
+        written = set(json.loads((out / "environment.json").read_text())["entry_kernels"])
+        missing = written - {kernel for x in found.values() for kernel in x.get("kernels", ())}
+        lines.append(f"kernels that did not run: {', '.join(sorted(missing)) or 'none'}")
+    return "\n".join(lines)
 
 
 def contests(group: str, *, dry: bool) -> Iterator[Any]:
@@ -362,18 +390,16 @@ def configs_table(out: Path) -> str:
     return "\n".join(lines)
 
 
-def graphs(out: Path, part: str, piece: str, *, dry: bool) -> bool:
+def graphs(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
     """A slice of the calls again: the same bits, without a synchronisation, and from a CUDA graph."""
     import torch
 
     from bench import launches
     from bench.verdict import objections
 
-    index, of = map(int, piece.split("/"))
-    names = list(DRY_LAUNCHES[:2]) if dry else list(launches.LAUNCHES)[index::of]
+    found, names = taken_up(out, part, piece, DRY_LAUNCHES[:2] if dry else list(launches.LAUNCHES), resumed=resumed)
     launches.VOCABULARY = 500 if dry else launches.VOCABULARY
     device = torch.device("cpu" if dry else "cuda")
-    found: dict[str, list[str]] = {}
 
     def done(name: str, objected: list[str] | None, failure: str) -> None:
         found[name] = [failure] if objected is None else objected
@@ -381,18 +407,17 @@ def graphs(out: Path, part: str, piece: str, *, dry: bool) -> bool:
             print(f"{name}: {line}", flush=True)
         put(out / f"{part}.json", found)
 
-    return each({name: partial(objections, launches.LAUNCHES[name], device) for name in names}, done) and not any(found.values())
+    return each({name: partial(objections, launches.LAUNCHES[name], device) for name in names}, done, resumable=True) and not any(found.values())
 
 
-def once_each(out: Path, part: str, piece: str) -> bool:
+def once_each(out: Path, part: str, piece: str, *, resumed: bool) -> bool:
     """A slice of the calls, for a program that watches them: nothing else runs on the GPU."""
     import torch
 
     from bench import launches
     from bench.verdict import once
 
-    index, of = map(int, piece.split("/"))
-    passed: dict[str, str] = {}
+    passed, names = taken_up(out, part, piece, every_kernel_first(out, list(launches.LAUNCHES)), resumed=resumed)
 
     def done(name: str, _: Any, failure: str) -> None:
         passed[name] = failure or "passed"
@@ -401,26 +426,44 @@ def once_each(out: Path, part: str, piece: str) -> bool:
     def call(launch: launches.Launch) -> None:
         once(launch, launch.inputs(launches.Random(0, torch.device("cuda"))))
 
-    return each({name: partial(call, launch) for name, launch in list(launches.LAUNCHES.items())[index::of]}, done)
+    return each({name: partial(call, launches.LAUNCHES[name]) for name in names}, done, resumable=True)
 
 
-def work(out: Path, part: str, piece: str, *, dry: bool) -> bool:
+def every_kernel_first(out: Path, names: Sequence[str]) -> list[str]:
+    """The launches, those first that between them run every kernel that ran in the first stage."""
+    file = out / "kernels.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    seen: set[str] = set()
+    first = []
+    for name in names:
+        launched = set(found.get(name, {}).get("kernels", ()))
+        if launched - seen:
+            first.append(name)
+            seen |= launched
+    return [*first, *(name for name in names if name not in first)]
+
+
+def work(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
     """What a part does; whether all of it is well. Of several, with a + between them, one after the other."""
     if "+" in part:
-        well = [work(out, one, piece, dry=dry) for one in part.split("+")]
+        well = [work(out, one, piece, dry=dry, resumed=resumed) for one in part.split("+")]
         return all(well)
     task = part.split("-")[0]
     if task == "kernels":
-        return kernels(out, part, piece, dry=dry)
+        return kernels(out, part, piece, dry=dry, resumed=resumed)
     if task == "compile":
         return compile_candidates(out, part, piece)
     if task == "configs":
         return configs(out, dry=dry)
     if task == "graphs":
-        return graphs(out, part, piece, dry=dry)
+        return graphs(out, part, piece, dry=dry, resumed=resumed)
     if task in ("memcheck", "racecheck"):
-        return once_each(out, part, piece)
+        return once_each(out, part, piece, resumed=resumed)
     return headline(out, part, dry=dry)
+
+
+# What a run writes: names up to the first dash.
+WRITTEN = {"environment", "summary", "gpu", *GROUPS, ALL, "kernels", "compile", "configs", "graphs", "memcheck", "racecheck", "tests"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -431,10 +474,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: does the script itself work?")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--slice", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     if options.part:
-        return 0 if work(out, options.part, options.slice, dry=options.dry) else 1
+        return 0 if work(out, options.part, options.slice, dry=options.dry, resumed=options.resume) else 1
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: more than 0 is expected")
     if out.exists() and not out.is_dir():
@@ -444,12 +488,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("torch sees no GPU here; --dry needs none")
     out.mkdir(parents=True, exist_ok=True)
     todo = stages(out, dry=options.dry)
-    for name in ("summary", "gpu", *GROUPS, ALL, *(name for stage in todo for name in (stage.name, *stage.parts))):
-        for suffix in ("json", "log", "txt"):
-            (out / f"{name}.{suffix}").unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the parts, which have groups of their own, go too
+    for file in out.iterdir():
+        if file.suffix in (".json", ".log", ".txt", ".tmp") and file.name.split(".")[0].split("-")[0] in WRITTEN:
+            file.unlink()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))  # so that the parts, which have groups of their own, go too
     seconds = 60 * (DRY_MINUTES if options.dry else options.minutes)
-    return 0 if conduct(todo, out, seconds, shlex.join(["python", "-m", "bench.gpu", *arguments])) else 1
+    return conduct(todo, out, seconds, shlex.join(["python", "-m", "bench.gpu", *arguments]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def _stage(name: str, code: str, share: float = 1.0) -> gpu.Stage:
 def test_a_failing_or_hanging_stage_leaves_the_others_alone_and_the_time_is_kept(tmp_path: Path) -> None:
     todo = [_stage("fails", "raise SystemExit(3)"), _stage("hangs", "import time; time.sleep(600)"), _stage("runs", "print('there')", 2.0)]
     start = time.monotonic()
-    assert not gpu.conduct(todo, tmp_path, 8.0, "command")
+    assert gpu.conduct(todo, tmp_path, 8.0, "command") == 1
     assert time.monotonic() - start < 8.0
     summary = json.loads((tmp_path / "summary.json").read_text())
     parts = {part: what for stage in summary.values() for part, what in stage["parts"].items()}
@@ -35,7 +35,7 @@ def test_a_failing_or_hanging_stage_leaves_the_others_alone_and_the_time_is_kept
 
 def test_a_command_that_is_not_there_is_a_failure_of_its_stage(tmp_path: Path) -> None:
     todo = [gpu.Stage("absent", 1.0, {"absent": ["/nonexistent/program"]}, {}), _stage("runs", "", 4.0)]
-    assert not gpu.conduct(todo, tmp_path, 10.0, "command")
+    assert gpu.conduct(todo, tmp_path, 10.0, "command") == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "failed" in summary["absent"]["parts"]["absent"]
     assert summary["runs"]["parts"]["runs"] == "passed"
@@ -104,10 +104,10 @@ def test_without_a_gpu_the_real_run_says_so(tmp_path: Path) -> None:
 def test_the_table_of_verdicts_says_what_is_wrong_and_what_never_ran(tmp_path: Path) -> None:
     finding = {"of": "logprob", "error": 2e-6, "allowed": 1e-6}
     right = {"kernels": ["a_kernel"], "findings": [{**finding, "error": 1e-7}], "wrong": []}
-    entries = ["a_kernel", "b_kernel", "c_kernel"]
-    gpu.put(tmp_path / "kernels-0.json", {"entry_kernels": entries, "launches": {"one": right, "two": {"failure": "RuntimeError: no\nmore"}}})
+    gpu.put(tmp_path / "environment.json", {"entry_kernels": ["a_kernel", "b_kernel", "c_kernel"]})
+    gpu.put(tmp_path / "kernels-0.json", {"one": right, "two": {"failure": "RuntimeError: no\nmore"}})
     wrong = {"kernels": ["b_kernel"], "findings": [{**finding, "error": 0.0, "allowed": 0.0}, finding], "wrong": ["logprob"]}
-    gpu.put(tmp_path / "kernels-1.json", {"entry_kernels": entries, "launches": {"three": wrong}})
+    gpu.put(tmp_path / "kernels-1.json", {"three": wrong})
     _, one, three, two, missing = gpu.verdict_table(tmp_path).splitlines()
     assert [line.split()[:2] for line in (one, three, two)] == [["right", "one"], ["WRONG", "three"], ["FAILED", "two"]]
     assert "2.0e-06" in three
@@ -142,3 +142,57 @@ def test_the_stages_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "sanitizer_path", lambda: None)
     monkeypatch.setattr(gpu, "there", lambda package: package != "pytest")
     assert [stage.name for stage in gpu.stages(tmp_path, dry=False)][-1] == "graphs"
+
+
+def test_exit_status_tells_failures_from_a_time_that_was_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.conduct([_stage("runs", "")], tmp_path, 20.0, "command") == 0
+    hangs = _stage("hangs", "import time; time.sleep(600)")
+    assert gpu.conduct([_stage("runs", ""), hangs, _stage("after", "")], tmp_path, 1.0, "command") == 3
+    assert "not finished in time: hangs" in capsys.readouterr().out
+
+
+def test_a_process_that_can_do_no_more_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access: what it found stands, the rest is done, and the part has failed."""
+    import torch
+
+    dead: list[str] = []
+
+    def synchronize() -> None:
+        if dead:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    started: list[list[str]] = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, check: started.append(command))
+    found: dict[str, str] = {}
+
+    def done(name: str, _: object, failure: str) -> None:
+        found[name] = failure or "passed"
+        gpu.put(tmp_path / "part.json", found)
+
+    calls = {"one": lambda: None, "two": lambda: dead.append("two"), "three": lambda: None}
+    assert not gpu.each(calls, done, resumable=True)
+    assert found == {"one": "passed", "two": "RuntimeError: an illegal memory access was encountered"}
+    assert started[0][-1] == "--resume"
+    assert gpu.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=True) == (found, ["three"])
+    assert gpu.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=False) == ({}, ["one", "two", "three"])
+
+
+def test_the_checkers_come_by_every_kernel_first(tmp_path: Path) -> None:
+    names = ["a", "a again", "b and c", "c", "d"]
+    assert gpu.every_kernel_first(tmp_path, names) == names
+    launched = zip(names, ("a", "a", "bc", "c", "d"), strict=True)
+    gpu.put(tmp_path / "kernels.json", {name: {"kernels": list(kernels)} for name, kernels in launched} | {"failed": {"failure": "why"}})
+    assert gpu.every_kernel_first(tmp_path, names) == ["a", "b and c", "d", "a again", "c"]
+
+
+def test_an_earlier_run_leaves_nothing_behind_and_other_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine with more cores, say, whose workers this one does not have."""
+    for name in ("kernels-15.json", "gpu.17.tmp", "gpu-tests.log", "configs.txt", "notes.txt", "kernels.png"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(gpu, "conduct", lambda *_: 0)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "kernels.png"}

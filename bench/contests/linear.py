@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,8 +135,9 @@ def loss_contest(
 
         return prepare
 
-    def ours(x: Inputs, *, compact: bool | None = True if rollouts else None) -> Tensor:
-        return rk.fused_linear_policy_loss(x.hidden, x.weight, x.ids, x.old, x.advantages, mask=x.mask, compact=compact, config=CONFIG).loss
+    def ours(x: Inputs, *, compact: bool | None = True if rollouts else None, mode: Literal["recompute"] | None = None) -> Tensor:
+        tokens = (x.hidden, x.weight, x.ids, x.old, x.advantages)
+        return rk.fused_linear_policy_loss(*tokens, mask=x.mask, compact=compact, mode=mode, config=CONFIG).loss
 
     def clipped(logprobs: LogprobsOf, x: Inputs) -> Tensor:
         return peers.clipped_loss(logprobs(x.hidden, x.weight, x.ids), x.old, x.advantages, x.mask, x.old, kl_coef=0.0)
@@ -162,6 +163,8 @@ def loss_contest(
         contenders["log_softmax, gather, masked rows left out"] = timed(lambda: selected)
     else:
         contenders["the matrix products alone"] = products
+        if device.type == "cuda":
+            contenders["rlkern, logits made twice"] = timed(lambda: partial(ours, mode="recompute"))
     contenders |= {name: timed(lambda function=function: partial(clipped, function())) for name, function in logprob_peers(device).items()}  # type: ignore[misc]
     contenders["Liger's fused linear GRPO"] = timed(lambda: peers.liger_linear_grpo_loss(rows))
     shape: dict[str, int | str] = {"N": rows, "H": width, "V": vocabulary, "dtype": str(dtype).removeprefix("torch.")}
