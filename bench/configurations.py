@@ -24,7 +24,7 @@ from torch import Tensor
 import rlkern as rk
 from bench import launches
 from bench.compile import replaced
-from bench.harness import FLUSHED, device_seconds, error
+from bench.harness import FLUSHED, cold_seconds, error
 from bench.launches import Launch, Tensors
 from bench.verdict import once
 from rlkern import ops, reference
@@ -46,7 +46,7 @@ class Case:
     timed: str
     candidates: Sequence[Changes]
     rows: tuple[int, int] = (8, 1024)
-    vocabulary: int = 128256
+    vocabulary: int = 128256  # 0: there is none
 
 
 def _rows(*changes: tuple[int, int, int]) -> list[Changes]:
@@ -101,15 +101,20 @@ def _cases() -> Iterator[Case]:
         for timed in (FORWARD, BACKWARD):
             yield Case(name, "PairTiling", "divergence", functools.partial(launches.divergence, beta), timed, _PAIR, rows=(4, 1024))
     tokens = functools.partial(launches.policy_loss, rk.PolicyLossConfig.ppo())
-    yield Case("policy_loss", "Layout", "policy", tokens, FORWARD, _TOKENS, rows=(512, 2048))
-    yield Case("value_loss", "Layout", "value", launches.value_loss, FORWARD, _TOKENS, rows=(512, 2048))
+    yield Case("policy_loss", "Layout", "policy", tokens, FORWARD, _TOKENS, rows=(512, 2048), vocabulary=0)
+    yield Case("value_loss", "Layout", "value", launches.value_loss, FORWARD, _TOKENS, rows=(512, 2048), vocabulary=0)
     for rows in ((8192, 2048), (256, 2048)):
-        yield Case("gae", "TileConfig", "scan", functools.partial(launches.gae, *rows), FORWARD, _SCAN, rows=rows)
+        yield Case("gae", "TileConfig", "scan", functools.partial(launches.gae, *rows), FORWARD, _SCAN, rows=rows, vocabulary=0)
     yield Case("fused_linear_policy_loss", CHUNKS, "", linear_policy_loss, FORWARD, _CHUNKS)
 
 
 CHUNKS = "chunk_bytes"  # no class, but an argument of the functions from hidden states
 CASES = tuple(_cases())
+
+
+def named(case: Case) -> str:
+    size = f", V {case.vocabulary}" if case.vocabulary else f", {case.rows[0]} x {case.rows[1]}"
+    return f"{case.title}, {case.timed}{size}"
 
 
 def label(changes: Changes) -> str:
@@ -219,10 +224,10 @@ def compiled(case: Case, changes: Changes, device: torch.device) -> None:
         once(launch, launch.inputs(OnDevice(device)))
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, flush: Tensor | None) -> float:
+def seconds_of(call: Callable[[], Any], flush: Tensor | None) -> float:
     """Of one call, on a GPU the least of three between two events."""
-    if device.type == "cuda":
-        return min(device_seconds(call, 1, flush) for _ in range(3))
+    if flush is not None:
+        return min(cold_seconds(call, 1, flush) for _ in range(3))
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -235,6 +240,7 @@ def compared(case: Case, device: torch.device, *, rounds: int = 5, small: bool =
     failed: dict[str, str] = {}
     fields: dict[str, Any] = {}
     with sized(case, small=small):
+        size = {"rows": launches.ROWS, "vocabulary": launches.VOCABULARY}
         inputs = case.launch().inputs(OnDevice(device))
         flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device) if device.type == "cuda" else None
         calls, answer = {}, None
@@ -263,14 +269,13 @@ def compared(case: Case, device: torch.device, *, rounds: int = 5, small: bool =
             for changes in todo:
                 if (name := label(changes)) in calls:
                     with configured(case, changes):
-                        times[name].append(seconds_of(calls[name], device, flush))
+                        times[name].append(seconds_of(calls[name], flush))
     medians = {name: statistics.median(t) for name, t in times.items()}
     best = min(medians, key=lambda name: medians[name])
     return {
         "configuration": case.owner,
         "call": f"{case.title}, {case.timed}",
-        "rows": case.rows,
-        "vocabulary": case.vocabulary,
+        **size,
         "now": {**fields[label({})], "seconds": medians[label({})]},
         "best": {**fields[best], "changes": best, "seconds": medians[best]},
         "gain": medians[label({})] / medians[best],
@@ -293,7 +298,7 @@ def _run(case: Case, changes: Changes) -> None:
 
 
 LAUNCHES = {
-    f"{case.title}, {case.timed}, V {case.vocabulary}: {label(changes)}": functools.partial(_run, case, changes)
+    f"{named(case)}: {label(changes)}": functools.partial(_run, case, changes)
     for case in CASES
     if case.owner != CHUNKS
     for changes in case.candidates

@@ -83,7 +83,9 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     # A dry run has few processes: most of its time is imports.
     found += [Stage(part, share, {part: [*this, "--part", part]}, plain) for part, share in ({ALL: 0.4} if dry else GROUPS).items()]
     if dry:
-        found.append(Stage("configs", 0.2, {"configs": [*this, "--part", "configs+graphs-0", "--slice", "0/1"]}, plain, configs_table))
+        found.append(
+            Stage("configs", 0.2, {"configs": [*this, "--part", "compile-0+configs+graphs-0+memcheck-0", "--slice", "0/1"]}, plain, configs_table)
+        )
     else:
         found.append(Stage("compile", 0.08, shared("compile", workers), plain))
         found.append(Stage("configs", 0.14, {"configs": [*this, "--part", "configs"]}, plain, configs_table))
@@ -330,22 +332,31 @@ def headline(out: Path, group: str, *, dry: bool) -> bool:
     return each({c.title: partial(measure, chosen(c, True)) for c in todo if len(chosen(c, True).contenders) > 1}, done) and well
 
 
-def compile_candidates(out: Path, part: str, piece: str) -> bool:
+def tried(*, dry: bool) -> list[Any]:
+    """The cases of launch configurations."""
+    from bench import configurations
+
+    if not dry:
+        return list(configurations.CASES)
+    return [replace(case, candidates=case.candidates[:2]) for case in configurations.CASES if case.title == "value_loss"]
+
+
+def compile_candidates(out: Path, part: str, piece: str, *, dry: bool) -> bool:
     """A slice of the candidates for launch configurations: what does not compile says so again when it is timed."""
     import torch
 
     from bench import configurations
 
     index, of = map(int, piece.split("/"))
-    todo = [(case, changes) for case in configurations.CASES if case.owner != configurations.CHUNKS for changes in case.candidates][index::of]
+    todo = [(case, changes) for case in tried(dry=dry) if case.owner != configurations.CHUNKS for changes in case.candidates][index::of]
     failed: dict[str, str] = {}
 
     def done(name: str, _: None, failure: str) -> None:
         failed.update({name: failure} if failure else {})
         put(out / f"{part}.json", failed)
 
-    device = torch.device("cuda")
-    names = [f"{case.title}, {case.timed}, {case.vocabulary}: {configurations.label(changes)}" for case, changes in todo]
+    device = torch.device("cpu" if dry else "cuda")
+    names = [f"{configurations.named(case)}: {configurations.label(changes)}" for case, changes in todo]
     calls = {name: partial(configurations.compiled, *candidate, device) for name, candidate in zip(names, todo, strict=True)}
     each(calls, done)
     return True
@@ -359,7 +370,7 @@ def configs(out: Path, *, dry: bool) -> bool:
     from bench.environment import environment
 
     device = torch.device("cpu" if dry else "cuda")
-    cases = [replace(case, candidates=case.candidates[:2]) if dry else case for case in configurations.CASES if not dry or case.title == "value_loss"]
+    cases = tried(dry=dry)
     result: Json = {"environment": environment(device), "configurations": [], "failed": {}}
 
     def done(name: str, found: Json | None, failure: str) -> None:
@@ -369,7 +380,7 @@ def configs(out: Path, *, dry: bool) -> bool:
             result["configurations"].append(found)
         put(out / "configs.json", result)
 
-    names = [f"{case.owner}: {case.title}, {case.timed}, {case.rows}, {case.vocabulary}" for case in cases]
+    names = list(map(configurations.named, cases))
     return each(
         {name: partial(configurations.compared, case, device, rounds=1 if dry else 5, small=dry) for name, case in zip(names, cases, strict=True)},
         done,
@@ -382,7 +393,7 @@ def configs_table(out: Path) -> str:
         return ""
     lines = [f"{'call':58}{'now':>10}{'best':>10}{'gain':>7}  best configuration"]
     for x in json.loads((out / "configs.json").read_text())["configurations"]:
-        call = f"{x['call']}, {x['rows'][0]} x {x['rows'][1]}, V {x['vocabulary']}"
+        call = f"{x['call']}, {x['rows'][0]} x {x['rows'][1]}" + (f", V {x['vocabulary']}" if x["vocabulary"] else "")
         constants = ", ".join(f"{name} = {value}" for name, value in x["best"]["constants"].items())
         best = " with ".join(filter(None, (x["best"]["text"], constants)))
         lines.append(f"{call:58}{x['now']['seconds'] * 1e3:7.3f} ms{x['best']['seconds'] * 1e3:7.3f} ms{x['gain']:7.2f}  {best}")
@@ -410,21 +421,24 @@ def graphs(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> boo
     return each({name: partial(objections, launches.LAUNCHES[name], device) for name in names}, done, resumable=True) and not any(found.values())
 
 
-def once_each(out: Path, part: str, piece: str, *, resumed: bool) -> bool:
+def once_each(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
     """A slice of the calls, for a program that watches them: nothing else runs on the GPU."""
     import torch
 
     from bench import launches
     from bench.verdict import once
 
-    passed, names = taken_up(out, part, piece, every_kernel_first(out, list(launches.LAUNCHES)), resumed=resumed)
+    order = every_kernel_first(out, DRY_LAUNCHES[:2] if dry else list(launches.LAUNCHES))
+    passed, names = taken_up(out, part, piece, order, resumed=resumed)
+    launches.VOCABULARY = 500 if dry else launches.VOCABULARY
+    device = torch.device("cpu" if dry else "cuda")
 
     def done(name: str, _: Any, failure: str) -> None:
         passed[name] = failure or "passed"
         put(out / f"{part}.json", passed)
 
     def call(launch: launches.Launch) -> None:
-        once(launch, launch.inputs(launches.Random(0, torch.device("cuda"))))
+        once(launch, launch.inputs(launches.Random(0, device)))
 
     return each({name: partial(call, launches.LAUNCHES[name]) for name in names}, done, resumable=True)
 
@@ -452,13 +466,13 @@ def work(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
     if task == "kernels":
         return kernels(out, part, piece, dry=dry, resumed=resumed)
     if task == "compile":
-        return compile_candidates(out, part, piece)
+        return compile_candidates(out, part, piece, dry=dry)
     if task == "configs":
         return configs(out, dry=dry)
     if task == "graphs":
         return graphs(out, part, piece, dry=dry, resumed=resumed)
     if task in ("memcheck", "racecheck"):
-        return once_each(out, part, piece, resumed=resumed)
+        return once_each(out, part, piece, dry=dry, resumed=resumed)
     return headline(out, part, dry=dry)
 
 

@@ -298,23 +298,32 @@ FLUSHED = 1 << 30
 
 def _timed(call: Call, repeats: int, device: torch.device, flush: Tensor | None) -> tuple[float, float | None]:
     """Seconds a call by the synchronising clock, and on a GPU those between two events: with ``flush``, of calls whose inputs are in no cache."""
+    pair = _events() if device.type == "cuda" and flush is None else None
     start = clock(device)
+    if pair:
+        pair[0].record()
     for _ in range(repeats):
         call()
+    if pair:
+        pair[1].record()
     wall = (clock(device) - start) / repeats
-    return wall, device_seconds(call, repeats, flush) if device.type == "cuda" else None
+    if pair:
+        return wall, pair[0].elapsed_time(pair[1]) / 1e3 / repeats
+    return wall, None if flush is None else cold_seconds(call, repeats, flush)
 
 
-def device_seconds(call: Callable[[], object], repeats: int, flush: Tensor | None) -> float:
-    """A call's, between two events in the GPU's queue."""
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def cold_seconds(call: Callable[[], object], repeats: int, flush: Tensor) -> float:
+    """A call's, between two events in the GPU's queue, after ``flush`` was written over the cache."""
     pairs = []
-    for _ in range(repeats if flush is not None else 1):
-        if flush is not None:
-            flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(repeats):
+        flush.zero_()
+        begin, end = _events()
         begin.record()
-        for _ in range(1 if flush is not None else repeats):
-            call()
+        call()
         end.record()
         pairs.append((begin, end))
     torch.cuda.synchronize()

@@ -447,7 +447,7 @@ def configurations_table(found: Json) -> str:
     """What the best of the candidates gains over the configuration as it is."""
     rows = []
     for x in found["configurations"]:
-        call = f"{x['call']}, {x['rows'][0]:,} x {x['rows'][1]:,}, V = {x['vocabulary']:,}"
+        call = f"{x['call']}, {x['rows'][0]:,} x {x['rows'][1]:,}" + (f", V = {x['vocabulary']:,}" if x["vocabulary"] else "")
         rows.append(
             [f"`{x['configuration']}`", call, seconds(x["now"]["seconds"]), seconds(x["best"]["seconds"]), f"{x['gain']:.2f}", x["best"]["changes"]]
         )

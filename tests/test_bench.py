@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -76,6 +78,43 @@ def test_fractions_of_ceilings_are_of_the_same_run():
     assert figures["ceilings"]["copy_bytes_per_second"] > 1e8
     assert ours["bandwidth_fraction"] == pytest.approx(32 / ours["median_seconds"] / figures["ceilings"]["copy_bytes_per_second"])
     assert ours["roofline_fraction"] == max(ours["bandwidth_fraction"], ours["flops_fraction"])
+
+
+class FakeEvent:
+    """Of a GPU's queue in which each thing takes as many milliseconds as the queue says."""
+
+    queue: ClassVar[list[float]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = sum(self.queue)
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_on_a_gpu_short_calls_are_timed_with_a_cold_cache(monkeypatch):
+    """The flush comes before each of them, and is not in their time."""
+    queue: list[float] = []
+    monkeypatch.setattr(FakeEvent, "queue", queue)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    flush = SimpleNamespace(zero_=lambda: queue.append(100.0))
+    _, cold = harness._timed(lambda: queue.append(3.0), 4, torch.device("cuda"), flush)
+    assert cold == pytest.approx(3e-3)
+    assert queue == [3.0] * 4 + [100.0, 3.0] * 4
+    _, warm = harness._timed(lambda: queue.append(2.0), 4, torch.device("cuda"), None)
+    assert warm == pytest.approx(2e-3)
+    assert harness._timed(lambda: None, 4, CPU, None)[1] is None
+
+
+def test_rates_on_a_gpu_are_of_its_own_time():
+    record = Record(contest(rlkern=answer(2.0)))
+    record.table[OURS] = Measured(seconds=[[4.0]], device_seconds=[[2.0]], error=0.0)
+    (ours,) = record.json()["contenders"]
+    assert (ours["median_seconds"], ours["bytes_per_second"]) == (4.0, 16.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator gives out")

@@ -25,10 +25,14 @@ def test_every_configuration_of_the_library_has_candidates():
     assert found == {case.owner for case in CLASSES}
 
 
-@pytest.mark.parametrize("case", c.CASES, ids=lambda case: f"{case.title}, {case.timed}, {case.vocabulary}")
+@pytest.mark.parametrize("case", c.CASES, ids=c.named)
 def test_candidates_are_legal_and_all_different(case):
     assert [x for changes in case.candidates for x in c.objections(changes)] == []
     assert len({c.label(changes) for changes in case.candidates}) == len(case.candidates) > 2
+
+
+def test_cases_have_names_of_their_own():
+    assert len({c.named(case) for case in c.CASES}) == len(c.CASES)
 
 
 def test_objections():

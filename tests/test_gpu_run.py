@@ -90,6 +90,8 @@ def test_the_dry_run_passes_and_can_be_reported(tmp_path: Path) -> None:
     assert "kernels that did not run" in table
     assert "value_loss, forward" in (tmp_path / "configs.txt").read_text()
     assert list(json.loads((tmp_path / "graphs-0.json").read_text()).values()) == [[], []]
+    assert json.loads((tmp_path / "compile-0.json").read_text()) == {}
+    assert set(json.loads((tmp_path / "memcheck-0.json").read_text()).values()) == {"passed"}
     said = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / "gpu.json")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +80,44 @@ def test_a_second_run_gives_the_same_bits_and_what_does_not_is_named():
         return {name: factor * r for name, r in launch.ours(**x).items()}
 
     assert "loss differs in a second run" in verdict.objections(dataclasses.replace(launch, ours=drifting), CPU)
+
+
+class _Stream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class _Graph:
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("when", "said"), [("never", []), ("synchronising", ["synchronises: no"]), ("capturing", ["no CUDA graph captures it: no"])])
+def test_on_a_gpu_synchronisations_and_graphs_are_asked_for(when, said, monkeypatch):
+    """With as much of torch.cuda as that takes."""
+    state = {"now": "eager"}
+
+    @contextlib.contextmanager
+    def during(name):
+        before, state["now"] = state["now"], name
+        try:
+            yield
+        finally:
+            state["now"] = before
+
+    def mode(name):
+        state["now"] = {"error": "synchronising", "default": "eager"}[name]
+
+    fakes = {"set_sync_debug_mode": mode, "Stream": _Stream, "current_stream": _Stream, "CUDAGraph": _Graph, "synchronize": lambda: None}
+    fakes |= {"stream": lambda _: during("warming"), "graph": lambda _: during("capturing")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def ours(x):
+        if state["now"] == when:
+            raise RuntimeError("no")
+        return {"twice": 2 * x}
+
+    launch = launches.Launch(lambda fill: {"x": torch.ones(3)}, ours, ours, ("x",))
+    assert verdict.objections(launch, SimpleNamespace(type="cuda")) == said
+    assert state["now"] == "eager"
