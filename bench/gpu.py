@@ -71,7 +71,7 @@ def put_text(path: Path, text: str) -> None:
 def stages(out: Path, *, dry: bool) -> list[Stage]:
     """What is done, in order of worth."""
     this = [sys.executable, "-m", "bench.gpu", "--out", str(out), *(["--dry"] if dry else [])]
-    workers = 1 if dry else min(WORKERS, os.cpu_count() or 1)
+    workers = 1 if dry or not shareable() else min(WORKERS, os.cpu_count() or 1)
     plain = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
 
     def shared(task: str, of: int, *before: str) -> dict[str, list[str]]:
@@ -109,6 +109,14 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     marked = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in file.read_text())
     found.append(Stage("gpu-tests", 0.04, {"gpu-tests": [*pytest, "-m", "gpu", *marked]}, plain))
     return [*found, Stage("tests", 0.1, {"tests": [*pytest, "-m", "not gpu", *TESTS, *parallel]}, plain)]
+
+
+def shareable() -> bool:
+    """Whether several processes may use the GPU at once; some machines forbid it."""
+    query = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return "Exclusive" not in subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout
+    return True  # there is no such program: not NVIDIA's
 
 
 def there(package: str) -> bool:
@@ -181,7 +189,11 @@ def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> i
     late = [part for part, what in all_parts.items() if what in (KILLED, NO_TIME)]
     failed = [part for part in all_parts if part not in late]
     lines = [f"{word}: {', '.join(parts)}" for word, parts in (("failed", failed), ("not finished in time", late)) if parts]
-    print("\n".join([*lines, f"{'all passed' if not lines else 'done'} in {time.monotonic() - start:.0f} s; written to {out}"]))
+    print(
+        "\n".join(
+            [*lines, f"{'all passed' if not lines else 'done'} in {time.monotonic() - start:.0f} s; what was found: python -m bench.report {out}"]
+        )
+    )
     return 1 if failed else 3 if late else 0
 
 

@@ -141,6 +141,8 @@ def test_the_stages_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     marked = stages["gpu-tests"].parts["gpu-tests"]
     assert {"-m", "gpu", "tests/test_logprobs.py", "tests/test_divergence.py"} <= set(marked)
     assert all((ROOT / file).exists() for stage in ("gpu-tests", "tests") for file in stages[stage].parts[stage] if file.endswith(".py"))
+    monkeypatch.setattr(gpu, "shareable", lambda: False)
+    assert list(gpu.stages(tmp_path, dry=False)[0].parts) == ["kernels-0"]
     monkeypatch.setattr(gpu, "sanitizer_path", lambda: None)
     monkeypatch.setattr(gpu, "there", lambda package: package != "pytest")
     assert [stage.name for stage in gpu.stages(tmp_path, dry=False)][-1] == "graphs"
@@ -198,3 +200,13 @@ def test_an_earlier_run_leaves_nothing_behind_and_other_files_stay(tmp_path: Pat
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "kernels.png"}
+
+
+def test_whether_processes_may_share_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.shareable()
+    for mode, expected in (("Default", True), ("Exclusive_Process", False)):
+        program.write_text(f"#!/bin/sh\necho {mode}\n")
+        program.chmod(0o755)
+        assert gpu.shareable() == expected
