@@ -23,6 +23,7 @@ from bench import peers
 from examples import own_surrogate
 from rlkern import reference
 from rlkern.ops.divergence import Comparison
+from rlkern.ops.logits import Rows
 from rlkern.reference import policy
 from rlkern.surrogates import SURROGATES
 
@@ -242,8 +243,28 @@ def divergence(
     return Launch(inputs, ours, exact, ("logits",))
 
 
+# What a rank does for its part of the vocabulary, between two collectives; judged as if that part were all.
+
+
+def token_logprobs_of_a_part() -> Launch:
+    def inputs(fill: Blank) -> Tensors:
+        return {"logits": fill.around(0.0, 2.0, (*ROWS, VOCABULARY), torch.bfloat16), "ids": fill.ids(ROWS, VOCABULARY)}
+
+    def ours(logits: Tensor, ids: Tensor) -> Tensors:
+        return {"states": Rows(ids, None, None, 1.0, None, BACKEND).states(logits, True)}
+
+    def judged(results: Tensors) -> Tensors:
+        m, s, t, x = results["states"].unbind(-1)
+        return {"logprob": x - m - s.log(), "entropy": s.log() - t / s * math.log(2.0)}
+
+    def exact(logits: Tensor, ids: Tensor) -> Tensors:
+        logprob, entropy = reference.token_logprobs(logits, ids, with_entropy=True)
+        return {"logprob": logprob.flatten(), "entropy": entropy.flatten()}
+
+    return Launch(inputs, ours, exact, judged=judged)
+
+
 def divergence_of_a_part(beta: float) -> Launch:
-    """What a rank does for its part of the vocabulary, between two collectives; judged as if that part were all."""
 
     def ours(logits: Tensor, ref_logits: Tensor) -> Tensors:
         comparison = Comparison(None, None, 1.0, None, beta, BACKEND)
@@ -361,6 +382,7 @@ LAUNCHES: dict[str, Launch] = {
         f"generalized_jsd with every input, beta {beta}": divergence(beta, ref_dtype=torch.float32, by_row=True, softcap=30.0)
         for beta in (0.0, 0.5, 1.0)
     },
+    "token_logprobs of a part": token_logprobs_of_a_part(),
     **{f"{name} of a part": divergence_of_a_part(beta) for name, beta in (("full_kl", 1.0), ("generalized_jsd", 0.5))},
     "generalized_jsd small odd vocabulary": divergence(0.5, vocabulary=1009),
     **{f"gae of {steps} steps": gae(8, steps) for steps in (16, 512, 8192)},
