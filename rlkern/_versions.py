@@ -4,7 +4,7 @@ import functools
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-LEAST = {"torch": "2.9", "triton": "3.5", "transformers": "4.57", "accelerate": "1.7"}
+LEAST = {"torch": "2.9", "triton": "3.5", "transformers": "4.57", "accelerate": "1.7", "peft": "0.18"}
 
 
 @functools.cache

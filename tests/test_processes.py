@@ -171,6 +171,15 @@ def test_numbers_do_not_depend_on_the_processes(kind, worlds, changes, files, tm
         assert_same_numbers(one, run(world, kind, files, tmp_path / str(world), **changes))
 
 
+def test_adapters_do_not_depend_on_the_processes(files, tmp_path):
+    """LoRA by data parallelism, of policy and critic; a checkpoint of adapters is resumed by another number of processes."""
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 4, "lr_schedule": "constant", "micro_batch_size": 4}
+    one = run(1, "ppo", files, tmp_path / "1", steps=4, **changes)
+    assert_same_numbers(one[:3], run(2, "ppo", files, tmp_path / "2", steps=2, **changes))
+    assert_same_numbers(one, run(1, "ppo", files, tmp_path / "2", steps=4, resume=True, **changes))
+
+
 @pytest.mark.parametrize(("kind", "fsdp"), [*((kind, LAYERS) for kind in TRAINERS), ("grpo", LINEAR)])
 def test_fsdp2(kind, fsdp, files, tmp_path):
     """Sharded models give the numbers of one process, are resumed by another number of them, and saved whole."""

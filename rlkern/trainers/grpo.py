@@ -9,7 +9,7 @@ states, so that training builds no logits. Any preset of ``rk.PolicyLossConfig``
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, tools and several turns, asynchronous rollouts. What samples is
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), tools and several turns, asynchronous rollouts. What samples is
 behind the seam in engines.py; where it is not quite the policy, importance weights correct for it (``rollout_correction``).
 """
 
@@ -72,6 +72,8 @@ class GRPOArguments(PolicyArguments):
         self.require("some text", bool, "step_separator")
         if self.refresh_every and not (self.kl_coef or self.track_kl or self.judge):
             raise InputError("there is nothing to refresh: neither a reference (kl_coef, track_kl) nor a judge", field="refresh_every")
+        if self.refresh_every and self.lora_rank and (self.kl_coef or self.track_kl):
+            raise InputError("with LoRA the reference is the model without its adapter, which cannot be refreshed", field="refresh_every")
         if self.judge and not self.refresh_every:
             raise InputError("a judge is asked every refresh_every steps, which is 0", field="judge")
 

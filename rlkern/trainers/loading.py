@@ -108,7 +108,8 @@ def _check_files(name: str, field: str) -> None:
     if not directory.is_dir():
         return
     if (directory / "adapter_config.json").exists():
-        raise InputError(f"{name} is a PEFT adapter, not a model: merge it into its base model first (peft's merge_and_unload)", field=field)
+        how = "peft's merge_and_unload; the trainers here save a model merged with lora_save"
+        raise InputError(f"{name} is a PEFT adapter, not a model: merge it into its base model first ({how})", field=field)
     for file in directory.iterdir():
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
             raise InputError(f"{file} is a pointer of git-lfs, not the file itself: git lfs pull fetches it", field=field)

@@ -64,8 +64,11 @@ class PolicyRun(Run):
         # A prompt that cannot be used is an error now, not in the step that draws it.
         longest = max(len(self.sample.tokens(row)) for row in (*self.rows, *self.held_out))
         self.ready(self.model)
-        self.reference = None
-        if args.kl_coef or args.track_kl:
+        self.reference: LastHidden | None = None
+        adapter = self.adapters.get(self.model)
+        if adapter is not None and (args.kl_coef or args.track_kl):
+            self.reference = adapter.reference()
+        elif args.kl_coef or args.track_kl:
             self.reference = LastHidden(load_model(args.model, getattr(torch, args.dtype))).requires_grad_(False)
             if self.sharded:
                 shard_frozen(self.accelerator, self.reference)
@@ -91,7 +94,8 @@ class PolicyRun(Run):
 
         A sharded policy is gathered for that.
         """
-        weights = whole_weights(self.policy, self.model)
+        adapter = self.adapters.get(self.model)
+        weights = whole_weights(self.policy, self.model) if adapter is None else adapter.merged()
         self.sample.engine.load_weights(weights)
         with nullcontext() if self.shell is None else self.shell.filled(weights):
             yield
@@ -224,7 +228,7 @@ class PolicyRun(Run):
         return f"mean reward {figures['reward']:.3f}, accuracy {figures['accuracy']:.1%}"
 
     def introduction(self) -> str:
-        return f"{len(self.rows)} prompts to train on, {len(self.held_out)} held out; {self.model.num_parameters():,} parameters"
+        return f"{len(self.rows)} prompts to train on, {len(self.held_out)} held out; {self.size_of(self.model)}"
 
     def save(self) -> None:
         self.model.generation_config = self.sample.defaults

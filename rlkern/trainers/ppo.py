@@ -9,7 +9,7 @@ loss from the last hidden states, so that training builds no logits (``rk.linear
 The algorithm is in this file; what other trainers need too stands beside it: sampling, rewards, log-probs and evaluation in policy.py, the loop over
 the steps with its log and its checkpoints in runs.py.
 
-Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, a trunk that policy and critic share, tools and several turns,
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), a trunk that policy and critic share, tools and several turns,
 asynchronous rollouts. What samples is behind the seam in engines.py; where it is not quite the policy, importance weights correct for it
 (``rollout_correction``).
 """
@@ -140,7 +140,8 @@ class PPO(PolicyRun):
             model = load_scorer(source, getattr(torch, args.dtype), self.sample.tokenizer, field="critic" if args.critic else "model")
             if args.critic:
                 self.check_critic(model, args.critic)
-            critic = Critic(self.ready(model), source)
+            critic = Critic(model, source)
+            self.ready(model)
             optimizer = self.adamw(critic, args.critic_learning_rate or args.learning_rate)
             self.critic, self.critic_optimizer = self.accelerator.prepare(critic, optimizer)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)

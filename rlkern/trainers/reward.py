@@ -8,7 +8,7 @@ The losses are rlkern's: ``rk.preference_loss`` and ``rk.ranking_loss``. The res
 The algorithm is in this file; what other trainers need too stands beside it: data in data.py, scoring in rollout.py, the loop over the steps with its
 log and its checkpoints in runs.py.
 
-Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), LoRA, packing of answers.
+Left out, to keep it readable: DeepSpeed (data parallelism and FSDP2 work), packing of answers.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class RewardRun(runs.Run):
 
     def introduction(self) -> str:
         counts = f"{len(self.rows)} preferences to train on, {len(self.held_out)} held out"
-        return f"{counts}, {len(self.rows[0].answers)} answers each; {self.model.num_parameters():,} parameters"
+        return f"{counts}, {len(self.rows[0].answers)} answers each; {self.size_of(self.model)}"
 
     def save(self) -> None:
         self.save_pretrained(self.model, self.tokenizer, "model")

@@ -37,6 +37,7 @@ from rlkern.trainers.arguments import parse
 from rlkern.trainers.checkpoints import Checkpoints, Interruption
 from rlkern.trainers.directories import check_apart, give_back, run_directory, store_settings, stored_settings, write_json
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.lora import Adapter, check_lora
 from rlkern.trainers.settings import RunArguments
 from rlkern.trainers.sharding import launched_as, shards_models, whole_state
 
@@ -146,6 +147,9 @@ class Run(ABC):
         self.args = args = launched_as(args)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.sharded = shards_models(self.accelerator)
+        self.adapters: dict[Any, Adapter] = {}  # of each model that has one
+        if args.lora_rank:
+            check_lora(self.sharded)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self.world != launched:
@@ -177,13 +181,24 @@ class Run(ABC):
 
     def ready(self, model: Any) -> Any:
         """A model made ready to be trained as the settings have it; it has no dropout."""
+        if self.args.lora_rank:
+            seed_all(self.args.seed, "adapter", len(self.adapters))
+            self.adapters[model] = Adapter(model, self.args)
         if self.args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # the other form learns nothing behind frozen embeddings
         return model.train()  # without which there is no checkpointing
+
+    @staticmethod
+    def size_of(model: Any) -> str:
+        """The number of the model's parameters, and how many are trained where not all are."""
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return f"{total:,} parameters" + ("" if trained == total else f", {trained:,} of them trained")
 
     def adamw(self, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
         """An optimiser of the model by the settings."""
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, self.args.adam_beta2), weight_decay=self.args.weight_decay)
 
     def set_learning_rate(self, optimizer: Any, peak: float, step: int) -> float:
         """What the schedule makes of ``peak`` in this step, set for the optimiser."""
@@ -243,7 +258,10 @@ class Run(ABC):
         """Save a model and its tokenizer for ``from_pretrained``; in all processes, of which one writes."""
         state = whole_state(model) if self.sharded else None
         if self.accelerator.is_main_process:
-            model.save_pretrained(self.directory / name, state_dict=state)
+            if (adapter := self.adapters.get(model)) is not None:
+                adapter.save(self.directory / name, merged=self.args.lora_save == "merged")
+            else:
+                model.save_pretrained(self.directory / name, state_dict=state)
             tokenizer.save_pretrained(self.directory / name)
 
     @abstractmethod

@@ -32,6 +32,11 @@ class RunArguments:
     weight_decay: float = option(0.0, "of AdamW")
     adam_beta2: float = option(0.999, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    # LoRA
+    lora_rank: int | None = option(None, "train an adapter of this rank (LoRA, by peft) in place of the model's weights; by default the weights")
+    lora_alpha: float | None = option(None, "the adapter's product counts lora_alpha / lora_rank times; by default twice")
+    lora_targets: list[str] = option(["all-linear"], "names of the layers that get an adapter, as peft's target_modules")  # noqa: RUF009
+    lora_save: str = option("adapter", "save the adapter alone, or the model with the adapter merged", choices=("adapter", "merged"))
     # Machine
     micro_batch_size: int | None = option(None, "answers in one forward and backward pass; less is less memory, with the same result")
     dtype: str = option("float32", "of the weights and the optimiser", choices=("float32", "bfloat16"))
@@ -50,11 +55,15 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         self.require("at least 1", lambda x: x >= 1, "steps", "keep_checkpoints")
-        self.require("at least 1", lambda x: x is None or x >= 1, "micro_batch_size")
+        self.require("at least 1", lambda x: x is None or x >= 1, "micro_batch_size", "lora_rank")
         self.require("at least 0", lambda x: 0 <= x < math.inf, "lr_warmup_steps", "eval_every", "save_every", "weight_decay", "seed")
         self.require("above 0", lambda x: 0 < x < math.inf, "learning_rate", "max_grad_norm")
         self.require("at least 0 and below 1", lambda x: 0 <= x < 1, "eval_fraction")
         self.require("above 0 and below 1", lambda x: 0 < x < 1, "adam_beta2")
+        self.require("above 0", lambda x: x is None or 0 < x < math.inf, "lora_alpha")
+        self.require("one name or more", bool, "lora_targets")
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets, self.lora_save) != (None, ["all-linear"], "adapter"):
+            raise InputError("must be set for the other settings of LoRA to act", field="lora_rank")
 
     def require(self, wanted: str, holds: Any, *names: str) -> None:
         """InputError where the setting of one of these names is not as wanted."""
