@@ -18,9 +18,10 @@ from bench.launches import Launch, Random, Tensors
 from rlkern import kernels
 
 TIMES = 4.0  # the plain computation's error
-# And units in the last place of the largest number, since that error may be 0: 2 for what is stored in 16 bits. A ratio is as exact as log-probs of
-# 10 or more, which a GPU's own exponentials and logarithms round further; float64 has nothing more exact to be judged by, and a scan adds up many.
-UNITS = {torch.float64: 64.0, torch.float32: 64.0}
+# And units in the last place of the largest number, since that error may be 0: 2 for what is stored in 16 bits. float64 has nothing more exact to be
+# judged by, and a scan adds up many; losses and metrics are of ratios, which are as exact as log-probs of 10 or more, by a GPU's own exponentials.
+UNITS = {torch.float64: 64.0, torch.float32: 16.0}
+SCALAR_UNITS = 64.0
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ def largest_difference(x: Tensor, exact: Tensor) -> float:
 
 def allowed(x: Tensor, exact: Tensor, plain: Tensor) -> float:
     size = float(exact.detach().abs().max()) if exact.numel() else 0.0
+    units = UNITS.get(x.dtype, 2.0)
     if x.ndim == 0:
-        size = max(size, 1.0)  # of a loss terms of about 1 cancel
-    return TIMES * largest_difference(plain, exact) + UNITS.get(x.dtype, 2.0) * torch.finfo(x.dtype).eps * size
+        size, units = max(size, 1.0), SCALAR_UNITS  # of a loss terms of about 1 cancel
+    return TIMES * largest_difference(plain, exact) + units * torch.finfo(x.dtype).eps * size
 
 
 @contextlib.contextmanager
