@@ -296,7 +296,7 @@ def test_rounds_and_steps_that_cannot_be_are_named(files, tmp_path, changes, mes
 
 def test_the_files_of_a_run(files, tmp_path):
     rewards = [f"{files}/rewards.py:sevens=2", f"{files}/rewards.py:short=0.5"]
-    summary = train(settings(files, tmp_path / "run", steps=3, reward=rewards, tensorboard=True, eval_every=2, eval_samples=2))
+    summary = train(settings(files, tmp_path / "run", steps=3, reward=rewards, eval_every=2, eval_samples=2))
     run = tmp_path / "run"
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -307,7 +307,6 @@ def test_the_files_of_a_run(files, tmp_path):
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["after"] == {"reward": rows[-1]["held_out_reward"], "accuracy": rows[-1]["held_out_accuracy"]}
     assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run / "tensorboard").iterdir())
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
     tokenizer, model = AutoTokenizer.from_pretrained(run / "model"), AutoModelForCausalLM.from_pretrained(run / "model")
     first = AutoModelForCausalLM.from_pretrained(files / "model")

@@ -251,7 +251,7 @@ def test_settings_that_change_the_arithmetic_run(files, tmp_path, changes):
 
 def test_the_files_of_a_run(files, tmp_path, reward_model):
     changes = {"steps": 3, "reward": [f"{files}/rewards.py:sevens=2", f"{reward_model}=0.5"], "eval_reward": [f"{files}/rewards.py:sevens"]}
-    summary = train(settings(files, tmp_path / "run", **changes, eval_every=2, tensorboard=True))
+    summary = train(settings(files, tmp_path / "run", **changes, eval_every=2))
     run = tmp_path / "run"
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "held_out_reward" in row] == [0, 2, 3]

@@ -4,7 +4,7 @@ settings.json     what the run was started with
 metrics.jsonl     one line a step; only numbers that a run with the same settings reproduces, so that two logs can be compared as files
 checkpoints/      step-00000100/ ... (checkpoints.py): models, optimizers and random states as accelerate saves them
 model/            the trained model and tokenizer, for from_pretrained
-summary.json  <curve>.png  tensorboard/
+summary.json  <curve>.png  logs/
 
 The numbers of a step are a function of the settings and of the state that a checkpoint holds: every step seeds its random generators anew and
 draws its rows by its number. Hence a run that was killed and resumed gives the numbers of one that was not.
@@ -20,6 +20,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ from rlkern.trainers.errors import InputError
 from rlkern.trainers.lora import Adapter, check_lora
 from rlkern.trainers.settings import RunArguments
 from rlkern.trainers.sharding import launched_as, shards_models, whole_state
+from rlkern.trainers.tracking import check_trackers, finish_trackers, start_trackers
 
 # Settings that a resumed run may change: its numbers do not depend on them.
-FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "tensorboard"}
+FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "log_with", "log_project"}
 
 
 def seed_all(*parts: int | str) -> None:
@@ -60,16 +62,16 @@ def passes(count: int, size: int | None, most: int) -> list[slice]:
 
 
 class Metrics:
-    """The log of a run, one JSON object a step, and the same numbers for tensorboard when asked.
+    """The log of a run, one JSON object a step, and the same numbers for its trackers.
 
     A resumed run drops the lines after its checkpoint: they will come again.
     """
 
-    def __init__(self, directory: Path, *, start: int, tensorboard: bool, enabled: bool):
+    def __init__(self, directory: Path, accelerator: Accelerator, *, start: int):
         self.rows: list[dict[str, Any]] = []
-        self._enabled = enabled  # in one process only
-        self._writer = None
-        if not enabled:
+        self._accelerator = accelerator
+        self._enabled = accelerator.is_main_process
+        if not self._enabled:
             return
         path = directory / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= start] if start else []
@@ -77,30 +79,21 @@ class Metrics:
         part.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         part.replace(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise InputError(f"tensorboard cannot be imported: {error}", field="tensorboard") from error
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def log(self, step: int, numbers: dict[str, float], timings: dict[str, float]) -> None:
-        """Append a line. ``timings`` differ from run to run and go to tensorboard alone."""
+        """Append a line. ``timings`` differ from run to run and go to the trackers alone."""
         if not self._enabled:
             return
         row = {"step": step, **numbers}
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()  # before the checkpoint of the same step
-        if self._writer is not None:
-            for key, value in {**numbers, **timings}.items():
-                self._writer.add_scalar(key, value, step)
+        self._accelerator.log({**numbers, **timings}, step=step)
 
     def close(self) -> None:
         if self._enabled:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        finish_trackers(self._accelerator)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -147,6 +140,7 @@ class Run(ABC):
         self.args = args = launched_as(args)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.sharded = shards_models(self.accelerator)
+        check_trackers(args.log_with)
         self.adapters: dict[Any, Adapter] = {}  # of each model that has one
         if args.lora_rank:
             check_lora(self.sharded)
@@ -300,7 +294,8 @@ def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
     main = run.accelerator.is_main_process
     checkpoints = Checkpoints(run.directory / "checkpoints", run.accelerator, args.keep_checkpoints)
     start = checkpoints.load() if args.resume else 0
-    metrics = Metrics(run.directory, start=start, tensorboard=args.tensorboard, enabled=main)
+    metrics = Metrics(run.directory, run.accelerator, start=start)
+    start_trackers(run.accelerator, run.directory, names=args.log_with, project=args.log_project, settings=asdict(run.args), start=start)
     if main:
         print(f"{run.directory}: {run.introduction()}")
         if args.resume:
@@ -309,7 +304,7 @@ def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
         metrics.log(0, run.evaluate(f"held out, before {run.title}"), {})
 
     every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log file is not to fill with bars
-    with Interruption(run.accelerator) as interruption:
+    with closing(metrics), Interruption(run.accelerator) as interruption:
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.title, mininterval=every, disable=not main)
         for step in bar:
             clock = time.perf_counter()
@@ -330,7 +325,6 @@ def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
                 if main:
                     tqdm.write(f"interrupted after step {done}, of which there is a checkpoint: --resume --output-dir {run.directory} goes on")
                 raise KeyboardInterrupt
-    metrics.close()
     run.save()
     return run.finish(metrics.rows, time.perf_counter() - started) if main else {}
 

@@ -48,7 +48,8 @@ class RunArguments:
     seed: int = option(0, "of everything random")
     # Evaluation, log, checkpoints
     eval_every: int = option(0, "steps between evaluations on the held-out prompts; 0: only before and after training")
-    tensorboard: bool = option(False, "write logs for tensorboard too")
+    log_with: list[str] = option([], "trackers of accelerate that get the log too: tensorboard, wandb, trackio, mlflow ...")  # noqa: RUF009
+    log_project: str = option("rlkern", "the project that they file the run under")
     save_every: int = option(50, "steps between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many of the latest checkpoints are kept")
     resume: bool = option(False, "continue the run in output_dir (by default the latest) from its last checkpoint, to the same numbers")
