@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,6 +80,21 @@ class _Parser(argparse.ArgumentParser):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def command_line(args: Any, *, without: Collection[str] = ()) -> list[str]:
+    """The arguments that :func:`parse` makes these settings of, but for defaults and what is named by ``without``."""
+    words = []
+    for field in dataclasses.fields(args):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(args, field.name)
+        if field.name in without or value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(field.name if value else f"no_{field.name}"))
+        else:
+            words += [_flag(field.name), *(map(str, value) if isinstance(value, list) else ["none" if value is None else str(value)])]
+    return words
 
 
 def read_yaml(cls: type, path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -234,6 +235,7 @@ class PolicyRun(Run):
         self.model.generation_config = self.sample.defaults
         self.save_pretrained(self.model, self.sample.tokenizer, "model")
 
-    def plot(self, rows: list[dict[str, Any]]) -> None:
+    def plot(self, rows: list[dict[str, Any]]) -> Path:
         title, own_axis = f"{self.title} ({self.args.loss})", self.eval_rewards is not self.rewards
-        plot_curve(rows, self.directory / "reward.png", key="reward", held_out="held_out_reward", label="mean reward", title=title, own_axis=own_axis)
+        path = self.directory / "reward.png"
+        return plot_curve(rows, path, key="reward", held_out="held_out_reward", label="mean reward", title=title, own_axis=own_axis)

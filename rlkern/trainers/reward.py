@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,9 +142,9 @@ class RewardRun(runs.Run):
     def save(self) -> None:
         self.save_pretrained(self.model, self.tokenizer, "model")
 
-    def plot(self, rows: list[dict[str, Any]]) -> None:
-        label = "share of pairs in the right order"
-        runs.plot_curve(rows, self.directory / "accuracy.png", key="accuracy", held_out="held_out_accuracy", label=label, title="Reward model")
+    def plot(self, rows: list[dict[str, Any]]) -> Path:
+        path, label = self.directory / "accuracy.png", "share of pairs in the right order"
+        return runs.plot_curve(rows, path, key="accuracy", held_out="held_out_accuracy", label=label, title="Reward model")
 
 
 class OnlineRewardModel:

@@ -3,7 +3,7 @@
 settings.json     what the run was started with
 metrics.jsonl     one line a step; only numbers that a run with the same settings reproduces, so that two logs can be compared as files
 checkpoints/      step-00000100/ ... (checkpoints.py): models, optimizers and random states as accelerate saves them
-model/            the trained model and tokenizer, for from_pretrained
+model/            the trained model and tokenizer, for from_pretrained, with a model card
 summary.json  <curve>.png  logs/
 
 The numbers of a step are a function of the settings and of the state that a checkpoint holds: every step seeds its random generators anew and
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -34,7 +35,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from rlkern.trainers import tutorial
-from rlkern.trainers.arguments import parse
+from rlkern.trainers.arguments import command_line, parse
+from rlkern.trainers.cards import Subject, write_card
 from rlkern.trainers.checkpoints import Checkpoints, Interruption
 from rlkern.trainers.directories import check_apart, give_back, run_directory, store_settings, stored_settings, write_json
 from rlkern.trainers.errors import InputError
@@ -102,8 +104,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def plot_curve(rows: list[dict[str, Any]], path: Path, *, key: str, held_out: str, label: str, title: str, own_axis: bool = False) -> None:
-    """``key`` of each step, its running mean, and ``held_out`` of the evaluations; ``own_axis``: these two are not on one scale."""
+def plot_curve(rows: list[dict[str, Any]], path: Path, *, key: str, held_out: str, label: str, title: str, own_axis: bool = False) -> Path:
+    """``key`` of each step, its running mean, and ``held_out`` of the evaluations; ``own_axis``: these two are not on one scale. The file drawn."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     values = [row[key] for row in rows if key in row]
@@ -124,6 +126,7 @@ def plot_curve(rows: list[dict[str, Any]], path: Path, *, key: str, held_out: st
     axes.grid(alpha=0.3)
     axes.legend(handles=lines)
     figure.savefig(path, dpi=120)
+    return path
 
 
 class Run(ABC):
@@ -151,7 +154,8 @@ class Run(ABC):
         self.directory: Path = self.in_first_process(self.claim_directory)
         self._kept = False
         self.warm_up: dict[str, Any] | None = None
-        self._settings = asdict(args)
+        self._given, self._settings = args, asdict(args)
+        self.saved: dict[str, Any] = {}  # models by their folders
         self._free = FREE | ({"steps"} if args.lr_schedule == "constant" else set())
 
     def claim_directory(self) -> Path:
@@ -250,6 +254,7 @@ class Run(ABC):
 
     def save_pretrained(self, model: Any, tokenizer: Any, name: str) -> None:
         """Save a model and its tokenizer for ``from_pretrained``; in all processes, of which one writes."""
+        self.saved[name] = model
         state = whole_state(model) if self.sharded else None
         if self.accelerator.is_main_process:
             if (adapter := self.adapters.get(model)) is not None:
@@ -259,8 +264,8 @@ class Run(ABC):
             tokenizer.save_pretrained(self.directory / name)
 
     @abstractmethod
-    def plot(self, rows: list[dict[str, Any]]) -> None:
-        """Draw the curve of the log's ``rows``."""
+    def plot(self, rows: list[dict[str, Any]]) -> Path:
+        """Draw the curve of the log's ``rows``; its file."""
 
     @abstractmethod
     def introduction(self) -> str:
@@ -272,15 +277,31 @@ class Run(ABC):
         """Held-out figures (without ``held_out_``) in a few words."""
 
     def finish(self, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-        """Draw the curve and sum the run up."""
-        self.plot(rows)
+        """Draw the curve, sum the run up, and write a card beside each saved model."""
+        curve = self.plot(rows)
         summary: dict[str, Any] = {"directory": str(self.directory), "steps": self._settings["steps"], "seconds": round(seconds, 1)}
         summary["warm_up"] = self.warm_up
         for when, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
             if figures := {key.removeprefix("held_out_"): value for key, value in row.items() if key.startswith("held_out_")}:
                 summary[when] = figures
         write_json(self.directory / "summary.json", summary)
+        for name in self.saved:
+            write_card(self.directory / name, self.subject(name), summary, curve)
         return summary
+
+    def subject(self, name: str) -> Subject:
+        """What the card of the model in the folder ``name`` says of it."""
+        what = "A reward model trained on preferences" if self.name == "reward" else f"A language model trained by {self.title}"
+        return Subject(
+            name=f"{self.directory.resolve().name}: {name}",
+            what=what if name == "model" else f"The {name} of {what[0].lower() + what[1:]}",
+            tags=["reward-model"] if self.name == "reward" else [self.name, "reinforcement-learning"],
+            base=getattr(self._given, name, None) or self._given.model,
+            scores="SequenceClassification" in type(self.saved[name]).__name__,
+            adapter=self.saved[name] in self.adapters and self.args.lora_save == "adapter",
+            command=shlex.join(["rlkern", self.name, *command_line(self._given, without=("output_dir", "resume"))]),
+            place=f"in {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}",
+        )
 
 
 def train(make: Callable[[Any], Run], args: RunArguments) -> dict[str, Any]:
