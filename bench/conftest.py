@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.harness import REPLAY, Ceilings, Contest, Record
-from bench.report import contest_table
+from bench.tables import contest_table
 
 Replay = Callable[[Contest, str], None]
 _held: dict[str, Record] = {}

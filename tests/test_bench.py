@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import accuracy, harness, report
+from bench import accuracy, harness, report, tables
 from bench.contests import OPERATIONS, update
 from bench.harness import OURS, Ceilings, Contest, Measured, Record, memory, ratio
 
@@ -43,7 +43,7 @@ def test_peers_that_are_absent_crash_or_are_wrong_are_named_not_timed():
     record.sit(seconds=0.0)
     assert [name for name, m in record.table.items() if not m.missing] == [OURS, "rough"]
     assert record.table["rough"].error == pytest.approx(0.05)
-    text = report.contest_table(record.json())
+    text = tables.contest_table(record.json())
     for part in ("absent (No module named 'peer')", "crashing (RuntimeError: no such kernel)", "wrong (wrong, with an error of 5.0e-01)"):
         assert part in text
 
@@ -220,8 +220,8 @@ def test_command_writes_what_was_measured_and_where(tmp_path, capsys, monkeypatc
 
 def test_exponents():
     x = np.array([1.0, 2.0, 4.0, 8.0])
-    assert report.exponent(x, 3 * x**1.5) == pytest.approx((1.5, 0.0), abs=1e-9)
-    slope, spread = report.exponent(x, x * np.array([1.1, 0.9, 1.1, 0.9]))
+    assert tables.exponent(x, 3 * x**1.5) == pytest.approx((1.5, 0.0), abs=1e-9)
+    slope, spread = tables.exponent(x, x * np.array([1.1, 0.9, 1.1, 0.9]))
     assert abs(slope - 1) < spread < 0.2
 
 
@@ -257,7 +257,7 @@ def test_accuracy_from_hidden_states():
         assert max(ours["logprob"], ours["ratio"]) < 1e-5 < 1e-3 < min(narrow["logprob"], narrow["ratio"])
         assert ours["entropy"] < 1e-4
         assert all(0 < ours[q] <= 2 * floor[q] for q in accuracy.HEAD_QUANTITIES if q.startswith("d "))
-    text = report.head_accuracy_table({"head_accuracy": result})
+    text = tables.head_accuracy_table({"head_accuracy": result})
     assert "Peaked logits, H = 256, N = 16, V = 8,000, bfloat16" in text
     assert "Cut Cross-Entropy (" in text
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu
+from bench import gpu, gpu_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,14 +43,14 @@ def test_a_command_that_is_not_there_is_a_failure_of_its_stage(tmp_path: Path) -
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """whole_or_not: killed before the new one takes the old one's place, the old one stands."""
-    gpu.put(tmp_path / "x.json", {"a": 1})
+    gpu_parts.put(tmp_path / "x.json", {"a": 1})
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        gpu.put(tmp_path / "x.json", {"a": 2})
+        gpu_parts.put(tmp_path / "x.json", {"a": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
@@ -61,7 +61,7 @@ import os, sys
 from pathlib import Path
 from bench import gpu
 out = Path({str(tmp_path)!r})
-write = "from pathlib import Path; from bench import gpu; gpu.put(Path({str(tmp_path)!r}) / '%d.json', [%d])"
+write = "from pathlib import Path; from bench import gpu_parts; gpu_parts.put(Path({str(tmp_path)!r}) / '%d.json', [%d])"
 todo = [gpu.Stage(str(i), 1.0, {{str(i): [sys.executable, "-c", write % (i, i)]}}, {{}}) for i in range(3)]
 put = gpu.put
 def then_die(path, result):
@@ -86,7 +86,7 @@ def test_the_dry_run_passes_and_can_be_reported(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert {c["operation"].split(" ")[0] for c in result["contests"]} >= {"token_logprobs", "gae", "policy_loss"}
     table = (tmp_path / "kernels.txt").read_text()
-    assert table.count("right") == len(gpu.DRY_LAUNCHES)
+    assert table.count("right") == len(gpu_parts.DRY_LAUNCHES)
     assert "kernels that did not run" in table
     assert "value_loss, forward" in (tmp_path / "configs.txt").read_text()
     assert list(json.loads((tmp_path / "graphs-0.json").read_text()).values()) == [[], []]
@@ -106,10 +106,10 @@ def test_without_a_gpu_the_real_run_says_so(tmp_path: Path) -> None:
 def test_the_table_of_verdicts_says_what_is_wrong_and_what_never_ran(tmp_path: Path) -> None:
     finding = {"of": "logprob", "error": 2e-6, "allowed": 1e-6}
     right = {"kernels": ["a_kernel"], "findings": [{**finding, "error": 1e-7}], "wrong": []}
-    gpu.put(tmp_path / "environment.json", {"entry_kernels": ["a_kernel", "b_kernel", "c_kernel"]})
-    gpu.put(tmp_path / "kernels-0.json", {"one": right, "two": {"failure": "RuntimeError: no\nmore"}})
+    gpu_parts.put(tmp_path / "environment.json", {"entry_kernels": ["a_kernel", "b_kernel", "c_kernel"]})
+    gpu_parts.put(tmp_path / "kernels-0.json", {"one": right, "two": {"failure": "RuntimeError: no\nmore"}})
     wrong = {"kernels": ["b_kernel"], "findings": [{**finding, "error": 0.0, "allowed": 0.0}, finding], "wrong": ["logprob"]}
-    gpu.put(tmp_path / "kernels-1.json", {"three": wrong})
+    gpu_parts.put(tmp_path / "kernels-1.json", {"three": wrong})
     _, one, three, two, missing = gpu.verdict_table(tmp_path).splitlines()
     assert [line.split()[:2] for line in (one, three, two)] == [["right", "one"], ["WRONG", "three"], ["FAILED", "two"]]
     assert "2.0e-06" in three
@@ -135,7 +135,7 @@ def test_the_stages_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "sanitizer_path", lambda: "/opt/cuda/bin/compute-sanitizer")
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 64)
     stages = {stage.name: stage for stage in gpu.stages(tmp_path, dry=False)}
-    assert list(stages) == ["kernels", *gpu.GROUPS, "compile", "configs", "graphs", "memcheck", "racecheck", "gpu-tests", "tests"]
+    assert list(stages) == ["kernels", *gpu_parts.GROUPS, "compile", "configs", "graphs", "memcheck", "racecheck", "gpu-tests", "tests"]
     assert len(stages["kernels"].parts) == gpu.WORKERS
     assert stages["memcheck"].parts["memcheck-0"][:2] == ["/opt/cuda/bin/compute-sanitizer", "--tool"]
     marked = stages["gpu-tests"].parts["gpu-tests"]
@@ -174,22 +174,22 @@ def test_a_process_that_can_do_no_more_is_followed_by_another(tmp_path: Path, mo
 
     def done(name: str, _: object, failure: str) -> None:
         found[name] = failure or "passed"
-        gpu.put(tmp_path / "part.json", found)
+        gpu_parts.put(tmp_path / "part.json", found)
 
     calls = {"one": lambda: None, "two": lambda: dead.append("two"), "three": lambda: None}
-    assert not gpu.each(calls, done, resumable=True)
+    assert not gpu_parts.each(calls, done, resumable=True)
     assert found == {"one": "passed", "two": "RuntimeError: an illegal memory access was encountered"}
     assert started[0][-1] == "--resume"
-    assert gpu.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=True) == (found, ["three"])
-    assert gpu.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=False) == ({}, ["one", "two", "three"])
+    assert gpu_parts.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=True) == (found, ["three"])
+    assert gpu_parts.taken_up(tmp_path, "part", "0/2", ["one", "x", "two", "y", "three"], resumed=False) == ({}, ["one", "two", "three"])
 
 
 def test_the_checkers_come_by_every_kernel_first(tmp_path: Path) -> None:
     names = ["a", "a again", "b and c", "c", "d"]
-    assert gpu.every_kernel_first(tmp_path, names) == names
+    assert gpu_parts.every_kernel_first(tmp_path, names) == names
     launched = zip(names, ("a", "a", "bc", "c", "d"), strict=True)
-    gpu.put(tmp_path / "kernels.json", {name: {"kernels": list(kernels)} for name, kernels in launched} | {"failed": {"failure": "why"}})
-    assert gpu.every_kernel_first(tmp_path, names) == ["a", "b and c", "d", "a again", "c"]
+    gpu_parts.put(tmp_path / "kernels.json", {name: {"kernels": list(kernels)} for name, kernels in launched} | {"failed": {"failure": "why"}})
+    assert gpu_parts.every_kernel_first(tmp_path, names) == ["a", "b and c", "d", "a again", "c"]
 
 
 def test_an_earlier_run_leaves_nothing_behind_and_other_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
