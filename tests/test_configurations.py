@@ -64,6 +64,13 @@ def test_candidates_give_the_right_numbers(case, changes, monkeypatch):
             assert {getattr(x, name.lower()) for x in asked} == {value}
 
 
+def test_chunks_of_any_size_give_the_right_numbers(monkeypatch):
+    monkeypatch.setattr(launches, "VOCABULARY", 300)
+    monkeypatch.setattr(c, "WIDTH", 16)
+    for chunk_bytes in (None, 2 * 300 * 6):  # of float32 logits and their gradient: three chunks of two rows
+        assert [f for f in verdict.judge(c.linear_policy_loss(chunk_bytes), CPU) if not f.right] == []
+
+
 def test_constants_reach_the_launcher_and_all_is_as_before():
     (case,) = (case for case in c.CASES if case.title == "value_loss")
     (module,) = (m for m in c._modules("WARPS") if m.__name__.endswith(".value"))
