@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import rlkern as rk
 from rlkern import reference
@@ -137,11 +137,18 @@ def test_what_is_saved_loads_with_peft_and_with_transformers(dtype, files, tmp_p
     assert given.keys() == dict(AutoModelForCausalLM.from_pretrained(files / "model").named_parameters()).keys()
 
 
-def test_a_merged_reward_model_scores(files, tmp_path):
-    arguments = short_settings("reward", files, tmp_path / "run", lora_rank=2, lora_save="merged", lora_targets=["q_proj", "v_proj"], lora_alpha=1.0)
-    TRAINERS["reward"][1](arguments)
+def test_a_run_that_ended_is_saved_in_another_form(files, tmp_path):
+    """A reward model, as an adapter and then merged, when it can score; and as an adapter again."""
+    changes = {"lora_rank": 2, "lora_targets": ["q_proj", "v_proj"], "lora_alpha": 1.0}
+    TRAINERS["reward"][1](short_settings("reward", files, tmp_path / "run", **changes))
+    first = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    with pytest.raises(InputError, match="is a PEFT adapter"):
+        RewardModel(str(tmp_path / "run" / "model"), device=torch.device("cpu"), field="reward")
+    TRAINERS["reward"][1](short_settings("reward", files, tmp_path / "run", **changes, resume=True, lora_save="merged"))
     model = RewardModel(str(tmp_path / "run" / "model"), device=torch.device("cpu"), field="reward")
     assert len({model(prompts=["What is 1 + 2?"], completions=[text])[0] for text in ("3", "4")}) == 2
+    TRAINERS["reward"][1](short_settings("reward", files, tmp_path / "run", **changes, resume=True))
+    assert {path.name for path in (tmp_path / "run" / "model").iterdir()} == first
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -187,6 +194,30 @@ def test_what_cannot_be_had_is_refused_at_the_start(files, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"LoRA needs peft.*rlkern\[lora\]"):
         start("grpo", files, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tied_weights_and_transposed_ones(files, tmp_path):
+    """GPT-2: its layers hold their weights transposed, and its head is its embedding."""
+    model = str(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    tokenizer.save_pretrained(model)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=tokenizer.eos_token_id)
+    ).save_pretrained(model)
+    run = start("grpo", files, tmp_path / "run", model=model, lora_save="merged")
+    assert run.step(0)["grad_norm"] > 0
+    moved(run.adapters[run.model])
+    run.save()
+    ids = torch.tensor([[3, 5, 24, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    run.model.eval()
+    with torch.no_grad():
+        mine, off, peer = merged(ids).logits, plain(ids).logits, run.model(ids).logits
+        exact = run.model.double()(ids).logits
+    assert (off - exact).abs().max() > 0.01  # or the adapter does nothing
+    assert_accurate(mine, exact, peer, k=4, eps=4 * rounding(torch.float32, exact))
+    assert merged.lm_head.weight is merged.transformer.wte.weight
 
 
 def test_a_new_adapter_changes_nothing(files, tmp_path):

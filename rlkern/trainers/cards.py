@@ -30,10 +30,15 @@ class Subject(NamedTuple):
     place: str  #: processes and device
 
 
+def is_ours(path: Path) -> bool:
+    """Whether this is a card that a run wrote."""
+    return path.exists() and MARK in path.read_text(encoding="utf-8")
+
+
 def write_card(directory: Path, subject: Subject, summary: Mapping[str, Any], curve: Path) -> None:
     """Write ``directory/README.md``, with a copy of the plot ``curve`` beside it; a card that is not from here stays as it is."""
     path = directory / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+    if path.exists() and not is_ours(path):
         tqdm.write(f"{path} is another's: no model card is written")
         return
     shutil.copyfile(curve, directory / curve.name)

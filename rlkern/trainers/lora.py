@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlkern._versions import too_old
 from rlkern.integrations.transformers import LastHidden
+from rlkern.trainers.cards import is_ours
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import RunArguments
 
@@ -99,6 +100,10 @@ class Adapter:
         import peft
 
         directory.mkdir(parents=True, exist_ok=True)
+        if is_ours(directory / "README.md"):  # a run that is continued may save the other form; what is loaded from the folder must be one thing
+            for other in ("adapter*",) if merged else ("config.json", "generation_config.json", "model*.safetensors*"):
+                for file in directory.glob(other):
+                    file.unlink()
         if not merged:
             state = peft.get_peft_model_state_dict(self.peft, save_embedding_layers=False)
             save_file({name: value.contiguous().cpu() for name, value in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -46,7 +46,7 @@ from rlkern.trainers.sharding import launched_as, shards_models, whole_state
 from rlkern.trainers.tracking import check_trackers, finish_trackers, start_trackers
 
 # Settings that a resumed run may change: its numbers do not depend on them.
-FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "log_with", "log_project"}
+FREE = {"engine_memory", "output_dir", "resume", "save_every", "keep_checkpoints", "log_with", "log_project", "lora_save"}
 
 
 def seed_all(*parts: int | str) -> None:
