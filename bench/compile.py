@@ -1,4 +1,5 @@
-"""What the compilers make of every kernel, for GPUs that need not be there: registers, spills, shared memory, load widths, occupancy.
+"""What the compilers make of every kernel, for GPUs that need not be there: registers, spills, shared memory, load widths, occupancy,
+and on NVIDIA the instructions that it issues for each column (bench/instructions.py).
 
     python -m bench.compile                                        # every kernel of bench/launches.py, for every target
     python -m bench.compile --kernel statistics --target sm_90 --json
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bench import instructions
 from rlkern import _backend
 
 
@@ -165,6 +167,13 @@ class Report:
     occupancy: float = 0.0  # resident warps of the most that fit, as far as registers and shared memory decide
     load_bits: int = 0  # the widest load from global memory
     loop_load_bits: tuple[int, ...] = ()  # every width that loops load with
+    # NVIDIA, of the loop that loads most, or of the whole program where there is none, with the code of all branches: what a thread does in a turn.
+    loops: int = 0  # innermost loops over memory
+    issued: float = 0.0  # instructions for each column, of a vocabulary or of tokens, that it loads (or where it loads none, stores)
+    units: dict[str, float] = field(default_factory=dict, hash=False)  # of these by the unit that executes them
+    column_bytes: float = 0.0  # loaded and stored for each column
+    in_flight: int = 0  # bytes that a multiprocessor's resident threads ask for in a turn
+    headroom: dict[str, float] = field(default_factory=dict, hash=False)  # of each GPU of the target: time of its memory over time to issue
 
 
 def compile_one(spec: Specialisation) -> Report:
@@ -186,6 +195,8 @@ def compile_one(spec: Specialisation) -> Report:
         registers, spilled, static = _gcn_usage(text)
     warps, shared = kernel.metadata.num_warps, max(static, kernel.metadata.shared)
     everywhere, in_loops = load_widths(text, loads)
+    occupied = occupancy(target, registers, warps, shared)
+    issue = _issue(spec, kernel.asm["cubin"], round(occupied * target.warps) * 32) if target.gpu.backend == "cuda" else {}
     return Report(
         spec.target,
         spec.kernel,
@@ -195,10 +206,35 @@ def compile_one(spec: Specialisation) -> Report:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        occupancy=occupancy(target, registers, warps, shared),
+        occupancy=occupied,
         load_bits=max(everywhere, default=0),
         loop_load_bits=tuple(sorted(in_loops)),
+        **issue,
     )
+
+
+def _issue(spec: Specialisation, cubin: bytes, threads: int) -> dict[str, Any]:
+    """The figures of a report that are counted in machine code. The tensors of ``threads`` resident threads' loop are x, and of divergences y."""
+    names = ("x_ptr", "y_ptr") if "y_ptr" in spec.signature else tuple(spec.signature)[:1]
+    itemsizes = [_ITEMSIZES[kind.lstrip("*")] for name in names if isinstance(kind := spec.signature[name], str) and kind.lstrip("*") in _ITEMSIZES]
+    found = instructions.loops(cubin)
+    loop = found[0] if found else instructions.whole(cubin)
+    # A kernel over tokens has no column of one tensor; four bytes stand for one.
+    columns = (loop.loaded or loop.stored) / (sum(itemsizes) if "x_ptr" in spec.signature and itemsizes else 4)
+    if not columns:
+        return {}
+    chips = {name: chip for name, chip in instructions.CHIPS.items() if chip.target == spec.target}
+    return {
+        "loops": len(found),
+        "issued": round(loop.instructions / columns, 2),
+        "units": {name: round(count / columns, 2) for name, count in loop.by_unit.items()},
+        "column_bytes": round((loop.loaded + loop.stored) / columns, 2),
+        "in_flight": threads * loop.loaded,
+        "headroom": {name: round(chip.headroom(loop.instructions, loop.loaded + loop.stored), 2) for name, chip in chips.items()},
+    }
+
+
+_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int, int]:
@@ -331,15 +367,34 @@ def compile_all(
 
 
 def _print_table(reports: list[Report]) -> None:
-    row = "{:8}{:28}{:48}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}  {}"
+    row = "{:8}{:28}{:48}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}{:>9}{:>8}  {:22}{}"
     print(f"triton {triton.__version__}")
-    print(row.format("target", "kernel", "first launched by", "warps", "regs", "spilled", "shared", "occupancy", "load bits", "in loops"))
+    print(
+        row.format(
+            "target",
+            "kernel",
+            "first launched by",
+            "warps",
+            "regs",
+            "spilled",
+            "shared",
+            "occupancy",
+            "load bits",
+            "in loops",
+            "issued",
+            "headroom",
+            "by unit",
+        )
+    )
     for r in sorted(reports, key=lambda r: (r.kernel, r.launch, r.target)):
         if r.error:
             print(f"{r.target:8}{r.kernel:28}{r.launch:48}does not compile")
         else:
             widths = " ".join(map(str, r.loop_load_bits))
-            print(row.format(r.target, r.kernel, r.launch, r.warps, r.registers, r.spilled, r.shared, f"{r.occupancy:.0%}", r.load_bits, widths))
+            figures = (r.warps, r.registers, r.spilled, r.shared, f"{r.occupancy:.0%}", r.load_bits, widths)
+            headroom = " ".join(f"{name} {x:.2f}" for name, x in r.headroom.items())
+            units = ", ".join(f"{name} {x:.1f}" for name, x in sorted(r.units.items(), key=lambda unit: -unit[1]))
+            print(row.format(r.target, r.kernel, r.launch, *figures, f"{r.issued:.1f}" if r.issued else "", headroom, units))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,18 +49,21 @@ class Case:
     vocabulary: int = 128256  # 0: there is none
 
 
-def _rows(*changes: tuple[int, int, int]) -> list[Changes]:
-    return [{"block": block, "warps": warps, "stages": stages} for block, warps, stages in changes]
+# (lanes, unroll, blocks): 16 bytes each of so many lanes, so many times, make a block.
+_BLOCKS = ((64, 2, 4), (128, 1, 4), (128, 2, 2), (128, 2, 8), (128, 4, 1), (256, 1, 2), (256, 2, 1), (256, 2, 4), (512, 1, 2))
+
+
+def _lanes(*changes: tuple[int, int]) -> list[Changes]:
+    return [{"lanes": lanes, "unroll": unroll} for lanes, unroll in changes]
 
 
 _STATISTICS = [
-    *_rows((1024, 4, 3), (2048, 4, 1), (2048, 4, 3), (2048, 8, 3), (4096, 4, 3)),
-    *_rows((4096, 8, 1), (4096, 8, 2), (4096, 8, 4), (8192, 8, 3), (8192, 16, 3)),
+    *_lanes((64, 4), (64, 8), (128, 1), (128, 2), (128, 8), (256, 1), (256, 2), (256, 4), (512, 1), (512, 2)),
     *({"segment": segment} for segment in (16384, 65536, 262144)),
 ]
-_GRADIENT = [{"block": block, "warps": warps} for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (8192, 8), (8192, 16))]
-_LOSS = _rows((2048, 8, 3), (4096, 8, 3), (4096, 16, 3), (8192, 16, 3), (8192, 32, 1), (8192, 32, 2), (8192, 32, 4))
-_PAIR = _rows((512, 4, 3), (1024, 4, 2), (1024, 4, 4), (1024, 8, 3), (2048, 4, 3), (2048, 8, 3), (4096, 16, 3))
+_GRADIENT = [{"lanes": lanes, "unroll": unroll, "blocks": blocks} for lanes, unroll, blocks in _BLOCKS]
+_LOSS = _lanes((256, 4), (256, 8), (512, 1), (512, 2), (512, 8), (1024, 1), (1024, 2))
+_PAIR = [{"lanes": lanes, "unroll": unroll, "blocks": blocks} for lanes, unroll, blocks in _BLOCKS]
 _TOKENS = [{"BLOCK": block, "WARPS": warps} for block, warps in ((256, 4), (256, 8), (512, 2), (512, 16), (1024, 4), (1024, 8), (2048, 8))]
 _SCAN = [
     {"rows": rows, "lanes": lanes, "warps": warps}
@@ -94,7 +97,7 @@ def _cases() -> Iterator[Case]:
     logprobs = functools.partial(launches.token_logprobs, with_entropy=True)
     for vocabulary in (128256, 32000):
         yield Case("token_logprobs and entropy", "RowConfig", "logits", logprobs, FORWARD, _STATISTICS, vocabulary=vocabulary)
-        yield Case("token_logprobs and entropy", "RowConfig", "logits", logprobs, BACKWARD, _GRADIENT, vocabulary=vocabulary)
+        yield Case("token_logprobs and entropy", "GradientConfig", "logits", logprobs, BACKWARD, _GRADIENT, vocabulary=vocabulary)
         loss = functools.partial(launches.fused_policy_loss, rk.PolicyLossConfig.ppo())
         yield Case("fused_policy_loss", "LossTiling", "logits", loss, FORWARD, _LOSS, vocabulary=vocabulary)
     for beta, name in ((1.0, "full_kl"), (0.5, "generalized_jsd")):
@@ -162,15 +165,17 @@ def made(case: Case, changes: Changes) -> Launch:
 
 def objections(changes: Changes) -> list[str]:
     """What a candidate must not be, by its numbers alone."""
-    found = [f"{name} {value}: no power of 2" for name, value in changes.items() if name != "stages" and value & (value - 1)]
+    found = [f"{name} {value}: no power of 2" for name, value in changes.items() if value & (value - 1)]
     numbers = {name.lower(): value for name, value in changes.items()}
     block, warps = numbers.get("block", numbers.get("lanes", 0) * numbers.get("rows", 1) * 4), numbers.get("warps", 0)
     if warps > 32:
         found.append(f"{warps} warps: 1024 threads are the most there are")
     if block and warps and not 1 <= block / (32 * warps) <= 32:
         found.append(f"{block} elements for {32 * warps} threads: more than 32 for one would not stay in registers, and none may be idle")
-    if not 1 <= changes.get("stages", 1) <= 8:
-        found.append(f"{changes['stages']} stages")
+    if "lanes" in numbers and not warps and not 32 <= numbers["lanes"] <= 1024:
+        found.append(f"{numbers['lanes']} lanes: a thread has one, and 32 to 1024 threads are possible")
+    if numbers.get("unroll", 1) > 8:
+        found.append(f"{numbers['unroll']} loads of 16 bytes would not stay in a thread's registers")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What must not get worse, and is counted, not timed: bytes moved, launches, memory, registers, spills and load widths, against ``baseline.json``.
+"""What must not get worse, counted, not timed, against ``baseline.json``: bytes, launches, memory, registers, spills, load widths, instructions.
 
     python -m bench.guard              # compare with the baseline; exit code 1, and by how much, if anything is worse
     python -m bench.guard --renew      # write the baseline anew: after an improvement, or with a new call in bench/launches.py
@@ -102,6 +102,7 @@ def compiled(reports: Iterable[Mapping[str, Any]]) -> Json:
     for r in reports:
         figures = {"registers": r["registers"], "bytes spilled": r["spilled"]}
         figures |= {LOADS: min(r["loop_load_bits"])} if r["loop_load_bits"] else {}
+        figures |= {"instructions a column, tenths": round(10 * r["issued"])} if r["loops"] else {}
         kernel = found.setdefault(r["target"], {}).setdefault(r["launch"], {}).setdefault(r["kernel"], figures)
         for name, value in figures.items():
             kernel[name] = (min if name == LOADS else max)(kernel.get(name, value), value)

@@ -19,13 +19,14 @@ LEAST = tl.constexpr(1e-37)
 
 @triton.jit
 def cross(t, s, m, m_new, other, other_new, x, y, c):
-    """Take a block into t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the block."""
+    """Take a block into the lanes' t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the
+    block."""
     shift = softmax.shift(m, m_new, c)
-    a = x - softmax.anchored(m_new)
-    b = y - softmax.anchored(other_new)
-    term = tl.where(y == softmax.NEG_INF, INF, tl.exp2(a * c) * ((a - b) * c))
+    a = x - softmax.of_lane(softmax.anchored(m_new))
+    b = y - softmax.of_lane(softmax.anchored(other_new))
+    term = tl.where(y == softmax.NEG_INF, INF, tl.exp2(a * c) * (a - b))
     term = tl.where(x == softmax.NEG_INF, 0.0, term)
-    return tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + term
+    return tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + softmax.lane_sum(term) * c
 
 
 @triton.jit
@@ -38,11 +39,14 @@ def is_live(row, mask_ptr):
 
 
 @triton.jit
-def load_block(x_row, y_row, column, there, cap, EVICTION: tl.constexpr):
-    """The same columns of both rows, soft-capped; -inf where not ``there``."""
-    x = tl.load(x_row + column, mask=there, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
-    y = tl.load(y_row + column, mask=there, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
-    return logits.soft_cap(x, cap), logits.soft_cap(y, cap)
+def load_block(x_row, y_row, begin, columns, bound, EVICTION: tl.constexpr):
+    """A block of columns of both rows. ``bound``: None for a whole block, otherwise V; -inf beyond."""
+    column = begin + columns
+    mask = None if bound is None else column < bound
+    other = None if bound is None else softmax.NEG_INF
+    x = tl.load(x_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
+    y = tl.load(y_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
+    return x, y
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def log2_sum(s):
 def log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c):
     """D = log2 p - log2 q; 0 where both are 0."""
     D = ((x - m_p) - (y - m_q)) * c - (log2_p_sum - log2_q_sum)
-    return tl.where((x == softmax.NEG_INF) & (y == softmax.NEG_INF), 0.0, D)
+    return tl.where(D == D, D, 0.0)  # NaN there; rows whose statistics are NaN have that from elsewhere
 
 
 @triton.jit
@@ -68,45 +72,73 @@ def to_mixture(D, beta):
 
 
 @triton.jit
-def first_pass(x_row, y_row, V, stop, c, cap, CROSS: tl.constexpr, EVICTION: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """(m_p, s_p, m_q, s_q, t): the states of both rows, and t of ``cross`` if it is wanted; sums are of each column of a block, yet to be reduced."""
-    m_p = tl.full([], softmax.NEG_INF, tl.float32)
-    m_q = tl.full([], softmax.NEG_INF, tl.float32)
-    s_p = tl.zeros([BLOCK], tl.float32)
-    s_q = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
-    for begin in tl.range(0, stop, BLOCK, num_stages=STAGES):
-        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-        x, y = load_block(x_row, y_row, column, column < V, cap, EVICTION)
-        m_p_new, s_p_new, _ = softmax.update(m_p, s_p, s_p, x, c, False)
-        m_q_new, s_q_new, _ = softmax.update(m_q, s_q, s_q, y, c, False)
-        if CROSS:
-            t = cross(t, s_p, m_p, m_p_new, m_q, m_q_new, x, y, c)
-        m_p = m_p_new
-        m_q = m_q_new
-        s_p = s_p_new
-        s_q = s_q_new
+def take(p, q, t, x, y, c, cap, CROSS: tl.constexpr):
+    """A block of both rows, taken into the states (m, s) of their lanes, and into t of ``cross`` if it is wanted."""
+    x = logits.soft_cap(x, cap)[0]
+    y = logits.soft_cap(y, cap)[0]
+    m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False)
+    m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False)
+    if CROSS:
+        t = cross(t, p[1], p[0], m_p, q[0], m_q, x, y, c)
     return m_p, s_p, m_q, s_q, t
 
 
 @triton.jit
-def mixture_pass(x_row, y_row, V, stop, c, cap, beta, m_p, log2_p_sum, m_q, log2_q_sum, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """sum p log2 (p / M) and sum q log2 (q / M), of each column of a block."""
-    of_p = tl.zeros([BLOCK], tl.float32)
-    of_q = tl.zeros([BLOCK], tl.float32)
-    blocks = tl.cdiv(stop, BLOCK)
-    for k in tl.range(0, blocks, num_stages=STAGES):
-        column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
-        x, y = load_block(x_row, y_row, column, column < V, cap, "evict_first")
-        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-        log2_m, apart, smaller = to_mixture(D, beta)
-        # Both probabilities from one 2^: the units for it are what bounds this pass.
-        large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
-        of_large = -large * log2_m
-        of_small = -large * smaller * (log2_m + apart)
-        of_p += tl.where(D >= 0.0, of_large, of_small)
-        of_q += tl.where(D >= 0.0, of_small, of_large)
-    return of_p, of_q
+def first_pass(
+    x_row, y_row, V, stop, c, cap, CROSS: tl.constexpr, EVICTION: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """(m_p, s_p, m_q, s_q, t): the states of both rows, and t of ``cross`` if it is wanted."""
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    columns = softmax.tile(UNROLL, LANES, WIDTH)
+    m_p, s_p, t = softmax.start(LANES)
+    m_q, s_q, _none = softmax.start(LANES)
+    rest = stop // BLOCK * BLOCK
+    for begin in tl.range(0, rest, BLOCK, num_stages=1):
+        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK), columns, None, EVICTION)
+        m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
+    if rest < stop:
+        x, y = load_block(x_row, y_row, tl.multiple_of(rest, BLOCK), columns, V, EVICTION)
+        m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
+    top_p = tl.max(m_p, 0)
+    top_q = tl.max(m_q, 0)
+    moved_p = softmax.shift(m_p, top_p, c)
+    moved_q = softmax.shift(m_q, top_q, c)
+    t = tl.maximum(tl.exp2(moved_p), LEAST) * (t + (moved_p - moved_q) * s_p)
+    return top_p, tl.sum(tl.exp2(moved_p) * s_p, 0), top_q, tl.sum(tl.exp2(moved_q) * s_q, 0), tl.sum(t, 0)
+
+
+@triton.jit
+def mixture_terms(x, y, c, cap, beta, saved):
+    """p log2 (p / M) and q log2 (q / M) of a block, added up for each lane; ``saved`` = (m_p, log2 s_p, m_q, log2 s_q)."""
+    m_p, log2_p_sum, m_q, log2_q_sum = saved
+    x = logits.soft_cap(x, cap)[0]
+    y = logits.soft_cap(y, cap)[0]
+    D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
+    log2_m, apart, smaller = to_mixture(D, beta)
+    # Both probabilities from one 2^: the units for it are what bounds this pass.
+    large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
+    of_large = -large * log2_m
+    of_small = -large * smaller * (log2_m + apart)
+    return softmax.lane_sum(tl.where(D >= 0.0, of_large, of_small)), softmax.lane_sum(tl.where(D >= 0.0, of_small, of_large))
+
+
+@triton.jit
+def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """sum p log2 (p / M) and sum q log2 (q / M); backwards, since the cache still holds what was read last."""
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    columns = softmax.tile(UNROLL, LANES, WIDTH)
+    of_p = tl.zeros([LANES], tl.float32)
+    of_q = tl.zeros([LANES], tl.float32)
+    whole = stop // BLOCK
+    if whole * BLOCK < stop:
+        x, y = load_block(x_row, y_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, "evict_first")
+        of_p, of_q = mixture_terms(x, y, c, cap, beta, saved)
+    for i in tl.range(0, whole, num_stages=1):
+        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK), columns, None, "evict_first")
+        more_p, more_q = mixture_terms(x, y, c, cap, beta, saved)
+        of_p += more_p
+        of_q += more_q
+    return tl.sum(of_p, 0), tl.sum(of_q, 0)
 
 
 @triton.jit
@@ -151,8 +183,9 @@ def divergence_kernel(
     beta,
     KIND: tl.constexpr,
     PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One program a row. KIND: "kl" of (p || q), "reverse" for (q || p), or "jsd", of weight ``beta`` on q.
 
@@ -172,26 +205,24 @@ def divergence_kernel(
     if PART == "terms":
         m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
     else:
-        m_p, s_p, m_q, s_q, t = first_pass(x_row, y_row, V, stop, c, cap, KIND != "jsd", EVICTION, BLOCK, STAGES)
-        p_sum = tl.sum(s_p, 0)
-        q_sum = tl.sum(s_q, 0)
+        m_p, p_sum, m_q, q_sum, t = first_pass(x_row, y_row, V, stop, c, cap, KIND != "jsd", EVICTION, UNROLL, LANES, WIDTH)
         if PART == "states":
-            store_five(statistics_ptr, row, live, m_p, p_sum, m_q, q_sum, tl.sum(t, 0))
+            store_five(statistics_ptr, row, live, m_p, p_sum, m_q, q_sum, t)
         else:
             log2_p_sum = log2_sum(p_sum)
             log2_q_sum = log2_sum(q_sum)
     if KIND == "jsd" and PART != "states":
         beta = tl.cast(beta, tl.float32)
-        of_p, of_q = mixture_pass(x_row, y_row, V, stop, c, cap, beta, m_p, log2_p_sum, m_q, log2_q_sum, BLOCK, STAGES)
+        of_p, of_q = mixture_pass(x_row, y_row, V, stop, c, cap, beta, (m_p, log2_p_sum, m_q, log2_q_sum), UNROLL, LANES, WIDTH)
         if PART == "terms":
-            tl.store(result_ptr + row * 2, tl.sum(of_p, 0) * softmax.LN2)
-            tl.store(result_ptr + row * 2 + 1, tl.sum(of_q, 0) * softmax.LN2)
+            tl.store(result_ptr + row * 2, of_p * softmax.LN2)
+            tl.store(result_ptr + row * 2 + 1, of_q * softmax.LN2)
         else:
-            mean = tl.sum(of_p, 0) * softmax.LN2 + 0.0 * (log2_p_sum + log2_q_sum)  # NaN if either is
-            result = (1.0 - beta) * mean + beta * (tl.sum(of_q, 0) * softmax.LN2)
+            mean = of_p * softmax.LN2 + 0.0 * (log2_p_sum + log2_q_sum)  # NaN if either is
+            result = (1.0 - beta) * mean + beta * (of_q * softmax.LN2)
     elif PART == "whole":
         mean = 0.0
-        result = (tl.sum(t, 0) / p_sum - (log2_p_sum - log2_q_sum)) * softmax.LN2
+        result = (t / p_sum - (log2_p_sum - log2_q_sum)) * softmax.LN2
         if KIND == "kl":
             mean = result
         else:
@@ -202,7 +233,31 @@ def divergence_kernel(
         store_five(statistics_ptr, row, live, m_p, log2_p_sum, m_q, log2_q_sum, mean)
 
 
-@triton.jit(do_not_specialize=["x_inner", "y_inner", "blocks"])
+@triton.jit
+def store_gradient(rows, begin, columns, bound, saved, c, cap, beta, factor, KIND: tl.constexpr):
+    """d result / d x of a block of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
+    m_p, log2_p_sum, m_q, log2_q_sum, mean = saved
+    x, y = load_block(rows[0], rows[1], begin, columns, bound, "evict_first")
+    x, slope = logits.soft_cap(x, cap)
+    y = logits.soft_cap(y, cap)[0]
+    p = tl.exp2((x - m_p) * c - log2_p_sum)
+    if KIND == "reverse":
+        dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
+    else:
+        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
+        if KIND == "kl":
+            dz = p * (D * softmax.LN2 - mean)
+        else:
+            log2_m, apart, _ = to_mixture(D, beta)
+            dz = (beta - 1.0) * p * ((log2_m + tl.where(D >= 0.0, 0.0, apart)) * softmax.LN2 + mean)
+    # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
+    dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
+    if cap is not None:
+        dx *= slope
+    tl.store(rows[2] + begin + columns, dx.to(rows[2].dtype.element_ty), mask=None if bound is None else begin + columns < bound)
+
+
+@triton.jit(do_not_specialize=["x_inner", "y_inner", "parts"])
 def divergence_backward_kernel(
     x_ptr,
     y_ptr,
@@ -220,45 +275,44 @@ def divergence_backward_kernel(
     y_inner_stride,
     dx_outer_stride,
     dx_inner_stride,
-    blocks,
+    parts,
     scale,
     cap,
     beta,
     KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """d result / d x, one program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``.
+    """d result / d x, one program a (row, BLOCKS blocks of columns). Rows with no upstream gradient are not read. ``dx_ptr`` may be ``x_ptr``.
 
     d / d z = p (log p - log q - KL(p || q)),  p - q,  or (1 - beta) p (log p - log M - KL(p || M)).
     """
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = (program // parts).to(tl.int64)
     live = is_live(row, mask_ptr)
     upstream = tl.load(grad_ptr + row, mask=live, other=0.0)
     live = live & (upstream != 0.0)
     m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
     mean = tl.load(statistics_ptr + row * 5 + 4, mask=live, other=0.0)
+    saved = (m_p, log2_p_sum, m_q, log2_q_sum, mean)
     scale = logits.row_scale(row, scale, temperature_ptr, live)
     c = scale * softmax.LOG2E
+    factor = upstream * (scale if cap is None else 4.0 * scale)  # see logits.soft_cap
+    beta = tl.cast(beta, tl.float32)
     x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
     dx_row = logits.row_pointer(dx_ptr, row, x_inner, dx_outer_stride, dx_inner_stride)
-    x, y = load_block(x_row, y_row, column, (column < V) & live, cap, "evict_first")
-    p = tl.exp2((x - m_p) * c - log2_p_sum)
-    if KIND == "reverse":
-        dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
+    columns = softmax.tile(UNROLL, LANES, WIDTH)
+    start = (program % parts) * (BLOCKS * BLOCK)
+    stop = tl.minimum(start + BLOCKS * BLOCK, V)
+    if live:
+        rest = start + (stop - start) // BLOCK * BLOCK
+        for begin in tl.range(start, rest, BLOCK, num_stages=1):
+            store_gradient((x_row, y_row, dx_row), tl.multiple_of(begin, BLOCK), columns, None, saved, c, cap, beta, factor, KIND)
+        if rest < stop:
+            store_gradient((x_row, y_row, dx_row), tl.multiple_of(rest, BLOCK), columns, V, saved, c, cap, beta, factor, KIND)
     else:
-        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-        if KIND == "kl":
-            dz = p * (D * softmax.LN2 - mean)
-        else:
-            beta = tl.cast(beta, tl.float32)
-            log2_m, apart, _ = to_mixture(D, beta)
-            dz = (beta - 1.0) * p * ((log2_m + tl.where(D >= 0.0, 0.0, apart)) * softmax.LN2 + mean)
-    # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
-    dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * (upstream * scale)
-    if cap is not None:
-        u = tl.where(x == softmax.NEG_INF, 0.0, x / cap)
-        dx *= 1.0 - u * u
-    tl.store(dx_row + column, tl.where(live, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=column < V)
+        logits.store_zeros(dx_row, start, stop, V, columns)

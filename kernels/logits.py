@@ -39,11 +39,17 @@ def row_scale(row, scale, temperature_ptr, live):
 
 @triton.jit
 def soft_cap(x, cap):
-    """cap * tanh(x / cap), by the exponential since not every target has a tanh; -inf stays -inf."""
-    if cap is not None:
-        z = cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap))))
-        x = tl.where(x == softmax.NEG_INF, softmax.NEG_INF, z)
-    return x
+    """(cap * tanh(x / cap), a quarter of its derivative); -inf stays -inf. Without a cap (x, 1). By the exponential: not every target has a tanh."""
+    if cap is None:
+        z = x
+        slope = 1.0
+    else:
+        cap = tl.cast(cap, tl.float32)
+        root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap)))  # its square is a reciprocal, for which a division takes three times as long
+        q = root * root  # (1 - tanh) / 2
+        z = tl.where(x == softmax.NEG_INF, softmax.NEG_INF, cap - (2.0 * cap) * q)
+        slope = q - q * q
+    return z, slope
 
 
 @triton.jit
@@ -51,29 +57,42 @@ def load_target(x_row, token, V, cap, live):
     """The chosen token's soft-capped logit; NaN where the id is outside the vocabulary, which is then not read."""
     inside = (token >= 0) & (token < V)
     x = tl.load(x_row + token, mask=live & inside, other=0.0).to(tl.float32)
-    return tl.where(inside, soft_cap(x, cap), float("nan"))
+    return tl.where(inside, soft_cap(x, cap)[0], float("nan"))
 
 
 @triton.jit
-def segment_statistics(x_row, start, stop, V, c, cap, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr):
-    """State of the online softmax over the blocks of a row that begin in [start, stop)."""
-    m = tl.full([], softmax.NEG_INF, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
-    for begin in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        column = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+def take(state, x, c, cap, ENTROPY: tl.constexpr):
+    """A block of a row, taken into the states of its lanes."""
+    return softmax.update(state[0], state[1], state[2], soft_cap(x.to(tl.float32), cap)[0], c, ENTROPY)
+
+
+@triton.jit
+def segment_statistics(x_row, start, stop, V, c, cap, columns, ENTROPY: tl.constexpr, EVICTION: tl.constexpr):
+    """State of the online softmax over the columns [start, stop) of a row: whole blocks, which need no mask, and the rest of the row.
+
+    ``columns``: a :func:`softmax.tile`.
+    """
+    BLOCK: tl.constexpr = columns.numel
+    m, s, t = softmax.start(columns.shape[1])
+    rest = start + (stop - start) // BLOCK * BLOCK
+    for begin in tl.range(start, rest, BLOCK, num_stages=1):
+        x = tl.load(x_row + tl.multiple_of(begin, BLOCK) + columns, eviction_policy=EVICTION)
+        m, s, t = take((m, s, t), x, c, cap, ENTROPY)
+    if rest < stop:
         # V itself bounds the columns: where it is a multiple of 16, the compiler sees that and loads 128 bits at a time.
-        x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy=EVICTION).to(tl.float32)
-        m, s, t = softmax.update(m, s, t, soft_cap(x, cap), c, ENTROPY)
-    return m, tl.sum(s, 0), tl.sum(t, 0)
+        column = tl.multiple_of(rest, BLOCK) + columns
+        x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy=EVICTION)
+        m, s, t = take((m, s, t), x, c, cap, ENTROPY)
+    return softmax.merge(m, s, t, c, 0)
 
 
 @triton.jit
-def store_statistics(row, keep, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token):
-    """Finish a state and store what the caller wants and the backward needs; zeros for a dead row."""
-    logprob, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
+def store_statistics(row, keep, live, state, x_target, scale, results, V, token):
+    """Finish a state (m, s, t) and store ``results``, pointers to what the caller wants and the backward needs; zeros for a dead row."""
+    logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr = results
+    logprob, entropy, log2_s = softmax.statistics(state[0], state[1], state[2], x_target, scale)
     tl.store(logprob_ptr + row, tl.where(live, logprob, 0.0), mask=keep)
-    tl.store(max_ptr + row, tl.where(live, m, 0.0), mask=keep)
+    tl.store(max_ptr + row, tl.where(live, state[0], 0.0), mask=keep)
     tl.store(log2_sum_ptr + row, tl.where(live, log2_s, 0.0), mask=keep)
     if entropy_ptr is not None:
         entropy = tl.where((token >= 0) & (token < V), entropy, float("nan"))
@@ -100,8 +119,9 @@ def statistics_kernel(
     cap,
     ENTROPY: tl.constexpr,
     SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One program a (row, segment of columns). Segments depend on V alone, so a row's result does not depend on the other rows.
 
@@ -116,10 +136,10 @@ def statistics_kernel(
     start = part * SEGMENT
     # A dead row has no columns.
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
-    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, ENTROPY, BLOCK, STAGES, "evict_first")
+    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), ENTROPY, "evict_first")
     if partial_ptr is None:
         x_target = load_target(x_row, token, V, cap, live)
-        store_statistics(row, True, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+        store_statistics(row, True, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
     else:
         partial = partial_ptr + (row * segments + part) * 3
         tl.store(partial, m, mask=live)
@@ -160,25 +180,39 @@ def combine_kernel(
     m = tl.load(partial, mask=there, other=softmax.NEG_INF)
     s = tl.load(partial + 1, mask=there, other=0.0)
     t = tl.load(partial + 2, mask=there, other=0.0)
-    m, s, t = softmax.merge(m, s, t, scale * softmax.LOG2E, 1)
+    m, s, t = softmax.merge(m, s, t, (scale * softmax.LOG2E)[:, None], 1)
     x_target = load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, cap, live)
-    store_statistics(row, keep, live, m, s, t, x_target, scale, logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr, V, token)
+    store_statistics(row, keep, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
 
 
 @triton.jit
-def store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, ENTROPY: tl.constexpr):
-    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``; zeros, unread, where the row is dead."""
-    there = column < V
-    x = tl.load(x_row + column, mask=there & live, other=softmax.NEG_INF).to(tl.float32)
-    z = soft_cap(x, cap)
-    dx = softmax.gradient(z, column == token, m, log2_s, entropy, a, b, scale * softmax.LOG2E, ENTROPY) * scale
+def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap, ENTROPY: tl.constexpr):
+    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``. ``bound``: None for a whole block, otherwise V.
+
+    ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`.
+    """
+    column = begin + columns
+    mask = None if bound is None else column < bound
+    x = tl.load(x_row + column, mask=mask, other=None if bound is None else 0.0).to(tl.float32)
+    z, slope = soft_cap(x, cap)
+    dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
+    at = token - begin
+    if (at >= 0) & (at < columns.numel):  # no other block compares
+        dx = tl.where(columns == at.to(tl.int32), dx + k[2], dx)
     if cap is not None:
-        u = tl.where(x == softmax.NEG_INF, 0.0, z / cap)
-        dx *= 1.0 - u * u
-    tl.store(dx_row + column, tl.where(live, dx, 0.0).to(dx_row.dtype.element_ty), mask=there)
+        dx *= slope
+    tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["inner", "blocks", "first", "total"])
+@triton.jit
+def store_zeros(dx_row, start, stop, V, columns):
+    """Over the columns [start, stop) of a row, of which those below V are there."""
+    for begin in tl.range(start, stop, columns.numel):
+        column = begin + columns
+        tl.store(dx_row + column, tl.zeros(columns.shape, dx_row.dtype.element_ty), mask=column < V)
+
+
+@triton.jit(do_not_specialize=["inner", "parts", "first", "total"])
 def backward_kernel(
     x_ptr,
     dx_ptr,
@@ -198,18 +232,22 @@ def backward_kernel(
     inner_stride,
     dx_outer_stride,
     dx_inner_stride,
-    blocks,
+    parts,
     scale,
     cap,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """One program a (row, block of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``.
+    """One program a (row, BLOCKS blocks of columns). Rows with no upstream gradient are written, not read. ``dx_ptr`` may be ``x_ptr``.
 
     The columns are the tokens [first, first + V) of a vocabulary of ``total``, and the statistics those of all of it.
     """
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    ENTROPY: tl.constexpr = grad_entropy_ptr is not None
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = (program // parts).to(tl.int64)
     token, live = is_live(row, ids_ptr, mask_ptr, True)
     a = tl.load(grad_logprob_ptr + row, mask=live, other=0.0)
     b = 0.0
@@ -226,7 +264,20 @@ def backward_kernel(
     scale = row_scale(row, scale, temperature_ptr, live)
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
-    store_gradient(x_row, dx_row, column, V, token - first, m, log2_s, entropy, a, b, scale, cap, live, grad_entropy_ptr is not None)
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
+    columns = softmax.tile(UNROLL, LANES, WIDTH)
+    start = (program % parts) * (BLOCKS * BLOCK)
+    stop = tl.minimum(start + BLOCKS * BLOCK, V)
+    token -= first
+    c = scale * softmax.LOG2E
+    if live:
+        rest = start + (stop - start) // BLOCK * BLOCK
+        for begin in tl.range(start, rest, BLOCK, num_stages=1):
+            store_gradient(x_row, dx_row, tl.multiple_of(begin, BLOCK), columns, None, token, (m, log2_s), k, c, cap, ENTROPY)
+        if rest < stop:
+            store_gradient(x_row, dx_row, tl.multiple_of(rest, BLOCK), columns, V, token, (m, log2_s), k, c, cap, ENTROPY)
+    else:
+        store_zeros(dx_row, start, stop, V, columns)
 
 
 @triton.jit
@@ -268,8 +319,9 @@ def loss_kernel(
     TERM: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     KL_WEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One program a row: statistics, the token's objective, and d loss / d logits, over the logits themselves where ``dx_ptr`` is ``x_ptr``.
 
@@ -284,7 +336,9 @@ def loss_kernel(
     x_target = load_target(x_row, token, V, cap, live)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     stop = tl.where(live, V, 0)
-    m, s, t = segment_statistics(x_row, 0, stop, V, scale * softmax.LOG2E, cap, HAS_ENTROPY, BLOCK, STAGES, "evict_last")
+    c = scale * softmax.LOG2E
+    columns = softmax.tile(UNROLL, LANES, WIDTH)
+    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, HAS_ENTROPY, "evict_last")
     lp, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)
@@ -302,8 +356,7 @@ def loss_kernel(
     _, d_lp, d_log_r, d_own, _ = policy.objective(
         lp,
         old,
-        log_r,
-        log_r,
+        (log_r, log_r),
         A,
         optional(weights_ptr, row, live, None),
         kept,
@@ -316,11 +369,19 @@ def loss_kernel(
     )
     a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
     b = optional(entropy_weights_ptr, row, live, 0.0)
-    live = live & ((a != 0.0) | (b != 0.0))
-    blocks = tl.cdiv(V, BLOCK)
-    for k in tl.range(0, blocks):
-        column = tl.multiple_of((blocks - 1 - k) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
-        store_gradient(x_row, dx_row, column, V, token, m, log2_s, entropy, a, b, scale, cap, live, entropy_weights_ptr is not None)
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    BONUS: tl.constexpr = entropy_weights_ptr is not None
+    tl.debug_barrier()  # every thread has read its part of the row before any writes over it
+    if live & ((a != 0.0) | (b != 0.0)):
+        whole = V // BLOCK
+        if whole * BLOCK < V:
+            store_gradient(x_row, dx_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, token, (m, log2_s), k, c, cap, BONUS)
+        for i in tl.range(0, whole, num_stages=1):
+            begin = tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK)
+            store_gradient(x_row, dx_row, begin, columns, None, token, (m, log2_s), k, c, cap, BONUS)
+    else:
+        store_zeros(dx_row, 0, V, V, columns)
 
 
 @triton.jit(do_not_specialize=["inner"])

@@ -193,12 +193,13 @@ def no_edges(lp, old, log_r, A, o):
 
 
 @triton.jit
-def objective(lp, old, log_r, surrogate_log_r, A, w, keep, ref, sampling, o, TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr):
+def objective(lp, old, log_ratios, A, w, keep, ref, sampling, o, TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr):
     """One token's loss:  keep w surrogate + kl_coef KL.  ``w`` None: 1;  ``ref`` None: no KL.
 
-    log_r is the ratio's logarithm at the configured level; the surrogate reads its own, which is another where it reduces over the sequence itself.
-    Gives (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL).
+    ``log_ratios``: the ratio's logarithm at the configured level, and the one that the surrogate reads, which is another where it reduces over the
+    sequence itself. Gives (loss, d / d lp, d / d log_r, d / d surrogate_log_r, KL).
     """
+    log_r, surrogate_log_r = log_ratios
     loss, d_lp, d_surrogate = TERM(lp, old, surrogate_log_r, A, o)
     if w is not None:
         loss, d_lp, d_surrogate = times(loss, w), times(d_lp, w), times(d_surrogate, w)

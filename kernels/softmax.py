@@ -28,25 +28,54 @@ def shift(m, m_new, c):
 
 
 @triton.jit
+def tile(UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of the columns of a block, ``[UNROLL, LANES, WIDTH]``: WIDTH neighbours are a load of 16 bytes, and a thread has one lane."""
+    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return lane[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def lane_max(x):
+    """Over what each lane has of a block; like the next, within a thread."""
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def of_lane(x):
+    """One number a lane, beside what it has of a block."""
+    return x[None, :, None]
+
+
+@triton.jit
+def start(LANES: tl.constexpr):
+    """The states of lanes that have seen nothing."""
+    return tl.full([LANES], NEG_INF, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+
+
+@triton.jit
 def update(m, s, t, x, c, ENTROPY: tl.constexpr):
-    """Take a block ``x`` into the state: a scalar maximum, one 2^d an element, and vector sums that are reduced only at the end."""
-    m_new = tl.maximum(m, tl.max(x, 0))
+    """Take a block ``x [UNROLL, LANES, WIDTH]`` into the states of its lanes: one 2^d an element, and all else once a lane."""
+    m_new = tl.maximum(m, lane_max(x))
     moved = shift(m, m_new, c)
     scale = tl.exp2(moved)
-    d = (x - anchored(m_new)) * c
+    d = (x - of_lane(anchored(m_new))) * c
     e = tl.exp2(d)
     if ENTROPY:
-        t = scale * (t + moved * s) + e * tl.maximum(d, LOWEST)
-    return m_new, scale * s + e, t
+        t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST))
+    return m_new, scale * s + lane_sum(e), t
 
 
 @triton.jit
 def merge(m, s, t, c, AXIS: tl.constexpr):
-    """Merge states along an axis."""
-    top = tl.max(m, AXIS)
-    moved = shift(m, tl.expand_dims(top, AXIS), tl.expand_dims(c, AXIS))
+    """Merge states along an axis; ``c`` is a number, or broadcasts to them."""
+    moved = shift(m, tl.max(m, AXIS, keep_dims=True), c)
     scale = tl.exp2(moved)
-    return top, tl.sum(scale * s, AXIS), tl.sum(scale * (t + moved * s), AXIS)
+    return tl.max(m, AXIS), tl.sum(scale * s, AXIS), tl.sum(scale * (t + moved * s), AXIS)
 
 
 @triton.jit
@@ -60,14 +89,21 @@ def statistics(m, s, t, x_target, scale):
 
 
 @triton.jit
-def gradient(x, is_target, m, log2_s, entropy, a, b, c, ENTROPY: tl.constexpr):
-    """d loss / d z = a (1[v = id] - p) + b p ((lse - entropy) - z), with a = d loss / d logprob and b = d loss / d entropy.
+def slopes(a, b, entropy, scale):
+    """(k0, k1, k2) of d loss / d x = p (k0 + k1 log2 p), and k2 more at the target, given a = d loss / d logprob and b = d loss / d entropy:
 
-    0 where x = -inf, but NaN there too in a row whose statistics are not finite.
+    d loss / d z = a (1[v = id] - p) + b p ((lse - entropy) - z),  and z - lse is log p.
     """
+    return -(a + b * entropy) * scale, -b * LN2 * scale, a * scale
+
+
+@triton.jit
+def gradient(x, m, log2_s, c, k0, k1, ENTROPY: tl.constexpr):
+    """p (k0 + k1 log2 p): 0 where x = -inf, but NaN there too in a row whose statistics are not finite."""
     log2_p = (x - m) * c - log2_s
     p = tl.exp2(log2_p)
-    dz = a * (tl.where(is_target, 1.0, 0.0) - p)
     if ENTROPY:
-        dz -= b * p * (tl.maximum(log2_p, LOWEST) * LN2 + entropy)
-    return tl.where(x == NEG_INF, 0.0 * log2_s, dz)
+        dz = p * (k0 + k1 * tl.maximum(log2_p, LOWEST))
+    else:
+        dz = p * k0
+    return dz

@@ -271,7 +271,7 @@ def policy_kernel(
         reference = read(ref, row, columns, live, DTYPE) if ref is not None else None
         sampled = read(sampling, row, columns, live, DTYPE) if KL_WEIGHT == "sampling" else None
         loss, d_lp, d_log_r, d_own, kl = policy.objective(
-            lp, behaviour, log_r, zero + own_log_r if REDUCTION != "" else log_r, A, w, keep, reference, sampled, o, TERM, ESTIMATOR, KL_WEIGHT
+            lp, behaviour, (log_r, zero + own_log_r if REDUCTION != "" else log_r), A, w, keep, reference, sampled, o, TERM, ESTIMATOR, KL_WEIGHT
         )
         if REDUCTION == "":
             d_log_r += d_own

@@ -20,7 +20,7 @@ def test_every_configuration_of_the_library_has_candidates():
     found = set()
     for module in c._modules("__name__"):
         for name, x in vars(module).items():
-            if dataclasses.is_dataclass(x) and {"block", "warps"} & {f.name for f in dataclasses.fields(x)} and "of" in vars(x):
+            if dataclasses.is_dataclass(x) and {"block", "warps", "lanes"} & {f.name for f in dataclasses.fields(x)} and "of" in vars(x):
                 found.add(name)
     assert found == {case.owner for case in CLASSES}
 
@@ -40,7 +40,8 @@ def test_objections():
     assert c.objections({"block": 1024, "warps": 64})
     assert c.objections({"block": 8192, "warps": 1})
     assert c.objections({"block": 64, "warps": 4})
-    assert c.objections({"block": 1024, "warps": 4, "stages": 0})
+    assert c.objections({"lanes": 2048, "unroll": 1})
+    assert c.objections({"lanes": 128, "unroll": 16})
     assert c.objections({"rows": 3, "lanes": 128, "warps": 4})
 
 

@@ -30,8 +30,7 @@ def test_parameters_are_few():
     for file, node in functions():
         count = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
         of_users = node.name in rlkern.__all__ or file.startswith("rlkern/integrations/")
-        limit = 14 if file.startswith("kernels/") else 12
-        if count > limit and not of_users and not (file.startswith("kernels/") and node.name.endswith("_kernel")):
+        if count > 12 and not of_users and not (file.startswith("kernels/") and node.name.endswith("_kernel")):
             found.append(f"{file}: {node.name} takes {count}")
     assert found == []
 

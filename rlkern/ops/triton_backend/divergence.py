@@ -11,23 +11,28 @@ from ..._backend import device_of
 from ...kernels import divergence as kernels
 from ..divergence import STATISTICS, Comparison, Divergences
 from ..logits import as_rows
+from .logits import WARP, Tile
 
 
 @dataclass(frozen=True)
 class PairTiling:
-    """How two rows of logits are cut, side by side: ``block`` columns at a time by ``warps`` warps."""
+    """How two rows of logits are cut, side by side, into blocks (see :class:`rlkern.ops.triton_backend.logits.Tile`); a program of the backward has
+    ``blocks``."""
 
-    block: int
-    warps: int
-    stages: int
+    lanes: int
+    unroll: int
+    width: int
+    blocks: int
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, threads: int) -> PairTiling:
-        """One load of 16 bytes a thread of the narrower: more would not fit the registers."""
-        vocabulary, itemsize = x.shape[-1], min(x.element_size(), y.element_size())
-        block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
-        warp = 64 if torch.version.hip else 32
-        return cls(block=block, warps=max(1, block * itemsize // 16 // warp), stages=3)
+    def of(cls, x: Tensor, y: Tensor, threads: int, loads: int) -> PairTiling:
+        """By the narrower elements."""
+        return cls(*Tile.of(x.shape[-1], min(x.element_size(), y.element_size()), threads, loads), blocks=2)
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return self.unroll * self.lanes * self.width
 
 
 def _layout(x: Tensor) -> tuple[int, int, int]:
@@ -59,8 +64,8 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, comparison: Comparison,
 
 def _launch(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | None, statistics: Tensor, part: str) -> None:
     x, y = as_rows(logits), as_rows(ref_logits)
-    # Two passes want few rows in flight, for the cache; one wants many small programs, since each block ends in two reductions.
-    tiling = PairTiling.of(x, y, threads=256 if o.kind == "jsd" else 128)
+    # Two passes want few rows in flight, for the cache.
+    config = PairTiling.of(x, y, *((256, 2) if o.kind == "jsd" else (128, 4)))
     with device_of(x):
         kernels.divergence_kernel[(logits.shape[:-1].numel(),)](
             x,
@@ -76,9 +81,10 @@ def _launch(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | 
             o.beta,
             KIND=o.kind,
             PART=part,
-            BLOCK=tiling.block,
-            STAGES=tiling.stages,
-            num_warps=tiling.warps,
+            UNROLL=config.unroll,
+            LANES=config.lanes,
+            WIDTH=config.width,
+            num_warps=config.lanes // WARP,
         )
 
 
@@ -86,10 +92,10 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     """Fill ``out`` with d loss / d logits."""
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in logits.py
-    tiling = PairTiling.of(x, y, threads=256)
-    blocks = -(-x.shape[-1] // tiling.block)
+    config = PairTiling.of(x, y, threads=256, loads=2)
+    parts = -(-x.shape[-1] // (config.blocks * config.block))
     with device_of(x):
-        kernels.divergence_backward_kernel[(grad.numel() * blocks,)](
+        kernels.divergence_backward_kernel[(grad.numel() * parts,)](
             x,
             y,
             dx,
@@ -99,11 +105,14 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             *_layout(y),
             dx.stride(0),
             dx.stride(1),
-            blocks,
+            parts,
             o.scale,
             o.cap,
             o.beta,
             KIND=o.kind,
-            BLOCK=tiling.block,
-            num_warps=tiling.warps,
+            BLOCKS=config.blocks,
+            UNROLL=config.unroll,
+            LANES=config.lanes,
+            WIDTH=config.width,
+            num_warps=config.lanes // WARP,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,40 +17,84 @@ from ..policy import Options
 from ..shards import LOG2E, merged
 from .policy import term_functions
 
+WARP = 64 if torch.version.hip else 32
+
+
+class Tile(NamedTuple):
+    """How a block of a row's columns is cut: ``unroll`` times ``width`` neighbours for each of ``lanes`` lanes, one a thread.
+
+    By the vocabulary and the size of an element alone, never by the number of rows or where they lie: results must not depend on the batch.
+    """
+
+    lanes: int
+    unroll: int
+    width: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int, threads: int, loads: int) -> Tile:
+        """Up to so many ``loads`` of 16 bytes for each of up to so many threads, as a row can fill.
+
+        A vocabulary that is no multiple of 16 has rows that begin anywhere, and no load of 16 bytes: neighbouring threads take single neighbours.
+        """
+        wide = 16 // itemsize
+        pieces = -(-vocabulary // wide)
+        lanes = min(threads, max(WARP, 1 << (pieces - 1).bit_length()))
+        unroll = min(loads, max(1, 1 << (-(-pieces // lanes) - 1).bit_length()))
+        return cls(lanes, unroll, wide) if vocabulary % 16 == 0 else cls(lanes, unroll * wide, 1)
+
+    @property
+    def columns(self) -> int:
+        """Of a block."""
+        return self.lanes * self.unroll * self.width
+
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How a row of logits is cut: ``block`` columns at a time by ``warps`` warps; ``segment`` columns a program in the forward."""
+    """How a row of logits is cut into blocks (see :class:`Tile`) for statistics: ``segment`` columns a program."""
 
-    block: int
+    lanes: int
+    unroll: int
+    width: int
     segment: int
-    warps: int
-    stages: int
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
-        """By the vocabulary and the size of an element alone, never by the number of rows: results must not depend on the batch."""
-        # 16 bytes a thread and load; 8 warps keep the two float32 accumulators of a block in registers.
-        block = min(8192 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))
-        return cls(block=block, segment=32768, warps=max(1, min(8, block * itemsize // 1024)), stages=3)
+        return cls(*Tile.of(vocabulary, itemsize, threads=128, loads=4), segment=32768)
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """How a row of logits is cut into blocks (see :class:`Tile`) for the gradient: ``blocks`` a program. More loads a thread would take the registers
+    of other programs."""
+
+    lanes: int
+    unroll: int
+    width: int
+    blocks: int
+
+    @classmethod
+    def of(cls, vocabulary: int, itemsize: int) -> GradientConfig:
+        return cls(*Tile.of(vocabulary, itemsize, threads=128, loads=2), blocks=4)
 
 
 @dataclass(frozen=True)
 class LossTiling:
-    """How a row of logits is cut where one program passes over it twice."""
+    """How a row of logits is cut into blocks (see :class:`Tile`) where one program passes over it twice."""
 
-    block: int
-    warps: int
-    stages: int
+    lanes: int
+    unroll: int
+    width: int
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
         """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
-        which 1024 threads fill; short ones several."""
-        warp = 64 if torch.version.hip else 32
-        threads = 1024 if vocabulary * itemsize > 96 << 10 else 256
-        block = min(threads * 16 // itemsize, max(128, 1 << (vocabulary - 1).bit_length()))  # one load of 16 bytes a thread
-        return cls(block=block, warps=max(1, min(threads, block * itemsize // 16) // warp), stages=3)
+        whose registers 512 threads fill; short ones several."""
+        return cls(*Tile.of(vocabulary, itemsize, threads=512 if vocabulary * itemsize > 96 << 10 else 128, loads=4))
+
+
+def tiling(config: RowConfig | GradientConfig | LossTiling) -> dict[str, int]:
+    """The arguments that a kernel takes for it."""
+    return {"UNROLL": config.unroll, "LANES": config.lanes, "WIDTH": config.width, "num_warps": config.lanes // WARP}
 
 
 def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
@@ -92,9 +136,7 @@ def _launch_statistics(
             *layout,
             ENTROPY=with_entropy,
             SEGMENT=config.segment,
-            BLOCK=config.block,
-            STAGES=config.stages,
-            num_warps=config.warps,
+            **tiling(config),
         )
     return x, arguments, layout
 
@@ -104,12 +146,12 @@ def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Sav
     x = as_rows(logits)
     dx = as_rows(out).view(x.shape)  # a new tensor is of one level, but the kernel splits row numbers once
     first, columns, total = rows.columns(logits)
-    config = RowConfig.of(x.shape[-1], x.element_size())
-    blocks = -(-columns // config.block)
+    config = GradientConfig.of(x.shape[-1], x.element_size())
+    parts = -(-columns // (config.blocks * config.lanes * config.unroll * config.width))
     if columns < x.shape[-1]:  # padding of the vocabulary
         dx[..., columns:] = 0
     with device_of(x):
-        kernels.backward_kernel[(rows.ids.numel() * blocks,)](
+        kernels.backward_kernel[(rows.ids.numel() * parts,)](
             x,
             dx,
             *rows.contiguous(),
@@ -123,11 +165,11 @@ def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Sav
             x.stride(1),
             dx.stride(0),
             dx.stride(1),
-            blocks,
+            parts,
             rows.scale,
             rows.cap,
-            BLOCK=config.block,
-            num_warps=config.warps,
+            BLOCKS=config.blocks,
+            **tiling(config),
         )
 
 
@@ -138,7 +180,6 @@ def policy_gradients(
     x = as_rows(logits)
     dx = as_rows(out).view(x.shape)
     vocabulary = x.shape[-1]
-    tiling = LossTiling.of(vocabulary, x.element_size())
     with device_of(x):
         kernels.loss_kernel[(rows.ids.numel(),)](
             x,
@@ -157,9 +198,7 @@ def policy_gradients(
             rows.cap,
             Options.of(config, 1),
             **term_functions(config),
-            BLOCK=tiling.block,
-            STAGES=tiling.stages,
-            num_warps=tiling.warps,
+            **tiling(LossTiling.of(vocabulary, x.element_size())),
         )
 
 
