@@ -102,7 +102,7 @@ def compiled(reports: Iterable[Mapping[str, Any]]) -> Json:
     for r in reports:
         figures = {"registers": r["registers"], "bytes spilled": r["spilled"]}
         figures |= {LOADS: min(r["loop_load_bits"])} if r["loop_load_bits"] else {}
-        figures |= {"instructions a column, tenths": round(10 * r["issued"])} if r["loops"] else {}
+        figures |= {"instructions a column, tenths": round(10 * r["issued"])} if r.get("loops") else {}
         kernel = found.setdefault(r["target"], {}).setdefault(r["launch"], {}).setdefault(r["kernel"], figures)
         for name, value in figures.items():
             kernel[name] = (min if name == LOADS else max)(kernel.get(name, value), value)
