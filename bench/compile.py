@@ -215,12 +215,12 @@ def compile_one(spec: Specialisation) -> Report:
 
 def _issue(spec: Specialisation, cubin: bytes, threads: int) -> dict[str, Any]:
     """The figures of a report that are counted in machine code. The tensors of ``threads`` resident threads' loop are x, and of divergences y."""
-    names = ("x_ptr", "y_ptr") if "y_ptr" in spec.signature else tuple(spec.signature)[:1]
-    itemsizes = [_ITEMSIZES[kind.lstrip("*")] for name in names if isinstance(kind := spec.signature[name], str) and kind.lstrip("*") in _ITEMSIZES]
+    kinds = [spec.signature[name].lstrip("*") for name in ("x_ptr", "y_ptr", "LOGITS") if isinstance(spec.signature.get(name), str)]
+    itemsizes = [_ITEMSIZES[kind] for kind in kinds if kind in _ITEMSIZES]
     found = instructions.loops(cubin)
     loop = found[0] if found else instructions.whole(cubin)
     # A kernel over tokens has no column of one tensor; four bytes stand for one.
-    columns = (loop.loaded or loop.stored) / (sum(itemsizes) if "x_ptr" in spec.signature and itemsizes else 4)
+    columns = (loop.loaded or loop.stored) / (sum(itemsizes) or 4)
     if not columns:
         return {}
     chips = {name: chip for name, chip in instructions.CHIPS.items() if chip.target == spec.target}
