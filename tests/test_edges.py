@@ -1,0 +1,102 @@
+"""Points where two cases of a formula meet, and rows of several segments: each a fault that was once put in and noticed by no test."""
+
+import pytest
+import torch
+
+import rlkern as rk
+from rlkern import PolicyLossConfig as Config
+from rlkern import reference
+
+from .judge import assert_accurate
+
+
+def pair(config, backend, lp, old, advantages, **tensors):
+    """(loss, gradient, metrics) of ours in float32 on ``backend`` and of the reference in float64."""
+    found = []
+    for dtype, function in (
+        (torch.float32, lambda *a, **k: rk.policy_loss(*a, **k, backend=backend)[:2]),
+        (torch.float64, reference.policy_loss),
+    ):
+        leaf = lp.to(dtype).requires_grad_()
+        named = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+        loss, metrics = function(leaf, old.to(dtype), advantages.to(dtype), config=config, **named)
+        found.append((loss, torch.autograd.grad(loss, leaf)[0], metrics))
+    return found
+
+
+@pytest.mark.parametrize("segments", [3, 5])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_negative_rows_of_several_segments(segments, with_entropy, backend, device):
+    """What lies beyond a row's end must count as -inf, not as 0, in every segment and in their merge."""
+    vocabulary = segments * 32768 - 4000
+    logits = (-20 - 5 * torch.rand(2, vocabulary)).to(device).requires_grad_()
+    ids = torch.tensor([vocabulary - 1, 40000], device=device)
+    out = rk.token_logprobs(logits, ids, with_entropy=with_entropy, backend=backend)
+    exact_logits = logits.detach().double().requires_grad_()
+    exact = reference.token_logprobs(exact_logits, ids, with_entropy=with_entropy)
+    out, exact = (x if with_entropy else (x,) for x in (out, exact))
+    for x, y in zip(out, exact, strict=True):
+        assert_accurate(x, y, eps=1e-5)
+    (g,), (exact_g,) = (torch.autograd.grad(sum(x.sum() for x in y), leaf) for y, leaf in ((out, logits), (exact, exact_logits)))
+    assert_accurate(g, exact_g, eps=1e-6)
+
+
+def test_largest_ratio_below_one(backend, device):
+    lp = -3 - torch.rand(2, 4, device=device)
+    old, mask = torch.full_like(lp, -1.0), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]], device=device)
+    (_, _, metrics), (_, _, exact) = pair(Config(), backend, lp, old, torch.ones_like(lp), mask=mask)
+    assert_accurate(metrics["ratio_max"], exact["ratio_max"], eps=1e-6)
+    assert 0 < float(metrics["ratio_max"]) < 1
+
+
+def test_off_policy_mask_where_the_advantage_is_zero(backend, device):
+    """It drops tokens with A < 0 alone; with A = 0 there is nothing to drop, and nothing must overflow."""
+    lp = torch.full((3, 4), -1.0, device=device)
+    old, sampling = lp + 0.1, lp + 5.0
+    advantages = torch.tensor([[0.0], [-1.0], [1.0]], device=device).expand(3, 4)
+    ours, exact = pair(Config(off_policy_threshold=0.5), backend, lp, old, advantages, sampling_logprobs=sampling)
+    for x, y in zip(ours[:2], exact[:2], strict=True):
+        assert_accurate(x, y, eps=1e-6)
+    assert not ours[1][:2].any()
+    assert ours[1][2].all()
+
+
+@pytest.mark.parametrize(
+    "config", [Config(), Config.cispo(cispo_cap=None), Config.gmpo(), Config.gspo(), Config(dual_clip=1.5), Config(surrogate="dppo_tv")]
+)
+def test_exactly_on_an_edge(config, backend, device):
+    """With no room to clip in, a ratio of exactly 1 lies on both bounds: the gradient passes there, as that of a clamp does."""
+    lp = torch.full((2, 3), -1.0, device=device)
+    advantages = torch.tensor([[1.0], [-1.0]], device=device).expand(2, 3)
+    on_the_edge = Config(
+        **{name: getattr(config, name) for name in ("surrogate", "ratio_level", "dual_clip", "aggregation")}, clip_low=0.0, clip_high=0.0
+    )
+    ours, exact = pair(on_the_edge, backend, lp, lp, advantages)
+    for x, y in zip(ours[:2], exact[:2], strict=True):
+        assert_accurate(x, y, eps=1e-6)
+    assert ours[1].all()
+    for name in ("clip_fraction", "clip_fraction_low", "clip_fraction_high"):
+        assert float(ours[2][name]) == float(exact[2][name])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-30, 1e30, float("inf")])
+def test_vespo_s_weight_of_a_sequence(weight, backend, device):
+    """Its logarithm is clamped: a weight may be 0 or overflow."""
+    lp = -1 - torch.rand(2, 4, device=device)
+    ours, exact = pair(Config.vespo(), backend, lp, lp + 0.1, torch.ones(2, 4), importance_weights=torch.full((2, 4), weight, device=device))
+    for x, y in zip(ours[:2], exact[:2], strict=True):
+        assert bool(x.isfinite().all())
+        assert_accurate(x, y, eps=1e-5 * max(1.0, float(y.abs().max())))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_that_are_truncated_and_terminated_have_terminated(packed, backend, device):
+    torch.manual_seed(0)
+    r, v, following = torch.randn(3, 2, 6, dtype=torch.float64).to(device)
+    terminated = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 1]], device=device)
+    truncated = torch.tensor([[0, 1, 0, 1, 0, 1], [1, 0, 1, 1, 0, 0]], device=device)
+    x = {"next_values": following, "terminated": terminated, "truncated": truncated}
+    if packed:
+        r, v, x = r.flatten(), v.flatten(), {name: t.flatten() for name, t in x.items()} | {"cu_seqlens": torch.tensor([0, 6, 12], device=device)}
+    for mine, exact in zip(rk.gae(r, v, gamma=0.9, lam=0.8, **x, backend=backend), reference.gae(r, v, gamma=0.9, lam=0.8, **x), strict=True):
+        assert_accurate(mine, exact, eps=1e-12)
