@@ -197,8 +197,8 @@ def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap
     z, slope = soft_cap(x, cap)
     dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
     at = token - begin
-    if (at >= 0) & (at < columns.numel):  # no other block compares
-        dx = tl.where(columns == at.to(tl.int32), dx + k[2], dx)
+    if (at >= 0) & (at < columns.numel):  # no other block compares; a target of -inf has no gradient either
+        dx = tl.where((columns == at.to(tl.int32)) & (x > softmax.NEG_INF), dx + k[2], dx)
     if cap is not None:
         dx *= slope
     tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=mask)

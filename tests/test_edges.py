@@ -41,6 +41,23 @@ def test_negative_rows_of_several_segments(segments, with_entropy, backend, devi
     assert_accurate(g, exact_g, eps=1e-6)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("vocabulary", [64, 4100])
+def test_no_gradient_at_excluded_tokens(vocabulary, with_entropy, backend, device):
+    """A logit of -inf takes none, the chosen one included; a row of -inf alone has NaN everywhere."""
+    logits = torch.randn(4, vocabulary, device=device)
+    logits[0, 3], logits[1, ::2], logits[3] = -torch.inf, -torch.inf, -torch.inf
+    ids = torch.tensor([3, 2, 5, 1], device=device)
+    leaf = logits.requires_grad_()
+    out = rk.token_logprobs(leaf, ids, with_entropy=with_entropy, backend=backend)
+    lp, *entropy = out if with_entropy else (out,)
+    assert lp[:2].tolist() == [-torch.inf, -torch.inf]
+    (g,) = torch.autograd.grad(lp.sum() + sum(h.sum() for h in entropy), leaf)
+    assert not g[:3][logits[:3] == -torch.inf].any()
+    assert bool(g[2].isfinite().all())
+    assert bool(g[3].isnan().all())
+
+
 def test_largest_ratio_below_one(backend, device):
     lp = -3 - torch.rand(2, 4, device=device)
     old, mask = torch.full_like(lp, -1.0), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]], device=device)
