@@ -38,9 +38,10 @@ def check_number(name: str, x: Any, *, above: float | None = None, at_least: flo
     """Check that ``x`` is a finite Python number within the bounds; returns it as a float."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    bounds = [(above, "> ", lambda b: x > b), (at_least, ">= ", lambda b: x >= b), (at_most, "<= ", lambda b: x <= b)]
-    if not math.isfinite(x) or any(b is not None and not holds(b) for b, _, holds in bounds):
-        wanted = " and ".join(f"{sign}{b}" for b, sign, _ in bounds if b is not None) or "finite"
+    too_low = (above is not None and x <= above) or (at_least is not None and x < at_least)
+    if not math.isfinite(x) or too_low or (at_most is not None and x > at_most):
+        bounds = ((above, "> "), (at_least, ">= "), (at_most, "<= "))
+        wanted = " and ".join(f"{sign}{b}" for b, sign in bounds if b is not None) or "finite"
         raise ValueError(f"{name} must be a number {wanted}, got {x}")
     return float(x)
 

@@ -180,9 +180,11 @@ class Rows(NamedTuple):
         """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it, or the row is dead."""
         here, column = self.targets(logits)
         x = as_rows(logits)
-        at = torch.arange(here.numel(), device=x.device)
         wanted = here & self.live().flatten()
-        chosen = x[at // x.shape[1], at % x.shape[1], column] if x.shape[-1] else state.new_zeros(here.numel())
+        if not x.shape[-1]:
+            chosen = state.new_zeros(here.numel())
+        else:
+            chosen = x.gather(-1, column.view(*x.shape[:2], 1)).flatten()
         chosen = torch.where(wanted, chosen.to(state.dtype), 0.0)
         return torch.cat([state, torch.where(wanted, soft_capped(chosen, self.cap, torch.empty_like(chosen)), 0.0).unsqueeze(1)], 1)
 
