@@ -217,8 +217,9 @@ def _issue(spec: Specialisation, cubin: bytes, threads: int) -> dict[str, Any]:
     """The figures of a report that are counted in machine code. The tensors of ``threads`` resident threads' loop are x, and of divergences y."""
     kinds = [spec.signature[name].lstrip("*") for name in ("x_ptr", "y_ptr", "LOGITS") if isinstance(spec.signature.get(name), str)]
     itemsizes = [_ITEMSIZES[kind] for kind in kinds if kind in _ITEMSIZES]
-    found = instructions.loops(cubin)
-    loop = found[0] if found else instructions.whole(cubin)
+    code = instructions.disassembled(cubin)
+    found = instructions.loops(code)
+    loop = found[0] if found else instructions.whole(code)
     # A kernel over tokens has no column of one tensor; four bytes stand for one.
     columns = (loop.loaded or loop.stored) / (sum(itemsizes) or 4)
     if not columns:

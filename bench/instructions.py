@@ -74,7 +74,10 @@ _LABEL = re.compile(r"^(?P<label>\.[\w.]+):", re.M)
 _MEMORY = re.compile(r"^(?P<op>LDG|STG)(?:STS)?\.E(?P<flags>[\w.]*)")  # LDGSTS: an asynchronous copy
 
 
-def disassembled(cubin: bytes) -> list[tuple[str, str]]:
+Code = list[tuple[str, str]]
+
+
+def disassembled(cubin: bytes) -> Code:
     """(opcode with its flags, label that it jumps to or ""), instruction by instruction; labels stand as (":", label)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -92,9 +95,8 @@ def disassembled(cubin: bytes) -> list[tuple[str, str]]:
     return found
 
 
-def loops(cubin: bytes) -> list[Loop]:
+def loops(code: Code) -> list[Loop]:
     """The innermost loops over memory, the one that loads most first."""
-    code = disassembled(cubin)
     at = {label: i for i, (op, label) in enumerate(code) if op == ":"}
     spans = sorted({(at[to], i) for i, (op, to) in enumerate(code) if op.startswith("BRA") and to in at and at[to] < i})
     innermost = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b and _moves(code[c : d + 1]) for c, d in spans)]
@@ -102,15 +104,15 @@ def loops(cubin: bytes) -> list[Loop]:
     return sorted((loop for loop in found if loop.loaded or loop.stored), key=lambda loop: (-loop.loaded, -loop.stored))
 
 
-def whole(cubin: bytes) -> Loop:
+def whole(code: Code) -> Loop:
     """The whole program, as if it ran through once: of kernels without a loop."""
-    ops = [op for op, _ in disassembled(cubin) if op != ":"]
+    ops = [op for op, _ in code if op != ":"]
     while ops and ops[-1].startswith(("NOP", "BRA")):  # what pads the end
         ops.pop()
     return _loop(ops)
 
 
-def _moves(code: list[tuple[str, str]]) -> bool:
+def _moves(code: Code) -> bool:
     return any(_MEMORY.match(op) for op, _ in code)
 
 
