@@ -275,8 +275,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        (logits, *values) = saved(ctx)
-        rows, statistics, inplace = split(values, Rows, Saved)
+        logits, rows, statistics, inplace = saved(ctx, None, Rows, Saved)
         slopes = slopes_of(grad_logprob, grad_entropy, statistics)
         gradient = None
         if slopes is not None and inplace:

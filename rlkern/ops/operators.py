@@ -56,13 +56,17 @@ def flat(records: Iterable[Any]) -> list[Any]:
     return [x for record in records for x in (record if hasattr(record, "_fields") else (record,))]
 
 
-def split(values: Sequence[Any], *records: type) -> list[Any]:
-    """Records of these types from their flat fields, and the values after them: undoes :func:`flat`."""
+def split(values: Sequence[Any], *records: type | None) -> list[Any]:
+    """Records of these types from their flat fields (None: what is no record), and the values after them: undoes :func:`flat`."""
     found, start = [], 0
     for record in records:
-        stop = start + len(record._fields)  # type: ignore[attr-defined]
-        found.append(record._make(values[start:stop]))  # type: ignore[attr-defined]
-        start = stop
+        if record is None:
+            found.append(values[start])
+            start += 1
+        else:
+            stop = start + len(record._fields)  # type: ignore[attr-defined]
+            found.append(record._make(values[start:stop]))  # type: ignore[attr-defined]
+            start = stop
     return [*found, *values[start:]]
 
 
@@ -73,7 +77,7 @@ def save(ctx: Any, *records: Any) -> None:
     ctx.options = [None if isinstance(x, Tensor) else x for x in values]
 
 
-def saved(ctx: Any, *records: type) -> list[Any]:
+def saved(ctx: Any, *records: type | None) -> list[Any]:
     """What :func:`save` kept, given the types of its records; the values after them as they were."""
     return split([option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)], *records)
 
@@ -114,12 +118,7 @@ class Operator:
 
     def arguments(self, *values: Any) -> list[Any]:
         """As the overload takes them."""
-        arguments = []
-        for value, record in zip(values, self.records, strict=True):
-            if record is None:
-                arguments.append(value)
-            else:
-                arguments.extend(value)
+        arguments = flat(values)
         for i in self.readers:
             arguments[i] = _as_text(arguments[i])
         return arguments
@@ -129,17 +128,7 @@ class Operator:
         arguments = list(arguments)
         for i, read in self.readers.items():
             arguments[i] = read(arguments[i])
-        values: list[Any] = []
-        start = 0
-        for record in self.records:
-            if record is None:
-                values.append(arguments[start])
-                start += 1
-            else:
-                stop = start + len(record._fields)
-                values.append(record._make(arguments[start:stop]))
-                start = stop
-        return values
+        return split(arguments, *self.records)
 
     def run(self, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """``body`` on flat arguments, its result flat as well."""

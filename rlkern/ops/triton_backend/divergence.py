@@ -11,28 +11,19 @@ from ..._backend import device_of
 from ...kernels import divergence as kernels
 from ..divergence import STATISTICS, Comparison, Divergences
 from ..logits import as_rows
-from .logits import WARP, Tile
+from .logits import Tile, cut
 
 
 @dataclass(frozen=True)
-class PairTiling:
-    """How two rows of logits are cut, side by side, into blocks (see :class:`rlkern.ops.triton_backend.logits.Tile`); a program of the backward has
-    ``blocks``."""
+class PairTiling(Tile):
+    """For two rows of logits, side by side; a program of the backward has ``blocks`` blocks."""
 
-    lanes: int
-    unroll: int
-    width: int
     blocks: int
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, threads: int, loads: int) -> PairTiling:
         """By the narrower elements."""
-        return cls(*Tile.of(x.shape[-1], min(x.element_size(), y.element_size()), threads, loads), blocks=2)
-
-    @property
-    def block(self) -> int:
-        """Columns of a block."""
-        return self.unroll * self.lanes * self.width
+        return cls(*cut(x.shape[-1], min(x.element_size(), y.element_size()), threads, loads), blocks=2)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int]:
@@ -81,10 +72,7 @@ def _launch(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | 
             o.beta,
             KIND=o.kind,
             PART=part,
-            UNROLL=config.unroll,
-            LANES=config.lanes,
-            WIDTH=config.width,
-            num_warps=config.lanes // WARP,
+            **config.arguments,
         )
 
 
@@ -93,7 +81,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in logits.py
     config = PairTiling.of(x, y, threads=256, loads=2)
-    parts = -(-x.shape[-1] // (config.blocks * config.block))
+    parts = -(-x.shape[-1] // (config.blocks * config.columns))
     with device_of(x):
         kernels.divergence_backward_kernel[(grad.numel() * parts,)](
             x,
@@ -111,8 +99,5 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             o.beta,
             KIND=o.kind,
             BLOCKS=config.blocks,
-            UNROLL=config.unroll,
-            LANES=config.lanes,
-            WIDTH=config.width,
-            num_warps=config.lanes // WARP,
+            **config.arguments,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from .policy import term_functions
 WARP = 64 if torch.version.hip else 32
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile:
     """How a block of a row's columns is cut: ``unroll`` times ``width`` neighbours for each of ``lanes`` lanes, one a thread.
 
     By the vocabulary and the size of an element alone, never by the number of rows or where they lie: results must not depend on the batch.
@@ -30,71 +31,60 @@ class Tile(NamedTuple):
     unroll: int
     width: int
 
-    @classmethod
-    def of(cls, vocabulary: int, itemsize: int, threads: int, loads: int) -> Tile:
-        """Up to so many ``loads`` of 16 bytes for each of up to so many threads, as a row can fill.
-
-        A vocabulary that is no multiple of 16 has rows that begin anywhere, and no load of 16 bytes: neighbouring threads take single neighbours.
-        """
-        wide = 16 // itemsize
-        pieces = -(-vocabulary // wide)
-        lanes = min(threads, max(WARP, 1 << (pieces - 1).bit_length()))
-        unroll = min(loads, max(1, 1 << (-(-pieces // lanes) - 1).bit_length()))
-        return cls(lanes, unroll, wide) if vocabulary % 16 == 0 else cls(lanes, unroll * wide, 1)
-
     @property
     def columns(self) -> int:
         """Of a block."""
         return self.lanes * self.unroll * self.width
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As kernels take them."""
+        return {"UNROLL": self.unroll, "LANES": self.lanes, "WIDTH": self.width, "num_warps": self.lanes // WARP}
+
+
+def cut(vocabulary: int, itemsize: int, threads: int, loads: int) -> tuple[int, int, int]:
+    """The fields of a :class:`Tile`: up to so many ``loads`` of 16 bytes for each of up to so many threads, as a row can fill.
+
+    A vocabulary that is no multiple of 16 has rows that begin anywhere, and no load of 16 bytes: neighbouring threads take single neighbours.
+    """
+    wide = 16 // itemsize
+    pieces = -(-vocabulary // wide)
+    lanes = min(threads, max(WARP, 1 << (pieces - 1).bit_length()))
+    unroll = min(loads, max(1, 1 << (-(-pieces // lanes) - 1).bit_length()))
+    return (lanes, unroll, wide) if vocabulary % 16 == 0 else (lanes, unroll * wide, 1)
+
 
 @dataclass(frozen=True)
-class RowConfig:
-    """How a row of logits is cut into blocks (see :class:`Tile`) for statistics: ``segment`` columns a program."""
+class RowConfig(Tile):
+    """For statistics: ``segment`` columns a program."""
 
-    lanes: int
-    unroll: int
-    width: int
     segment: int
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
-        return cls(*Tile.of(vocabulary, itemsize, threads=128, loads=4), segment=32768)
+        return cls(*cut(vocabulary, itemsize, threads=128, loads=4), segment=32768)
 
 
 @dataclass(frozen=True)
-class GradientConfig:
-    """How a row of logits is cut into blocks (see :class:`Tile`) for the gradient: ``blocks`` a program. More loads a thread would take the registers
-    of other programs."""
+class GradientConfig(Tile):
+    """For the gradient: ``blocks`` blocks a program. More loads a thread would take the registers of other programs."""
 
-    lanes: int
-    unroll: int
-    width: int
     blocks: int
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> GradientConfig:
-        return cls(*Tile.of(vocabulary, itemsize, threads=128, loads=2), blocks=4)
+        return cls(*cut(vocabulary, itemsize, threads=128, loads=2), blocks=4)
 
 
 @dataclass(frozen=True)
-class LossTiling:
-    """How a row of logits is cut into blocks (see :class:`Tile`) where one program passes over it twice."""
-
-    lanes: int
-    unroll: int
-    width: int
+class LossTiling(Tile):
+    """For one program that passes over a row twice."""
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
         """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
         whose registers 512 threads fill; short ones several."""
-        return cls(*Tile.of(vocabulary, itemsize, threads=512 if vocabulary * itemsize > 96 << 10 else 128, loads=4))
-
-
-def tiling(config: RowConfig | GradientConfig | LossTiling) -> dict[str, int]:
-    """The arguments that a kernel takes for it."""
-    return {"UNROLL": config.unroll, "LANES": config.lanes, "WIDTH": config.width, "num_warps": config.lanes // WARP}
+        return cls(*cut(vocabulary, itemsize, threads=512 if vocabulary * itemsize > 96 << 10 else 128, loads=4))
 
 
 def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
@@ -136,7 +126,7 @@ def _launch_statistics(
             *layout,
             ENTROPY=with_entropy,
             SEGMENT=config.segment,
-            **tiling(config),
+            **config.arguments,
         )
     return x, arguments, layout
 
@@ -147,7 +137,7 @@ def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Sav
     dx = as_rows(out).view(x.shape)  # a new tensor is of one level, but the kernel splits row numbers once
     first, columns, total = rows.columns(logits)
     config = GradientConfig.of(x.shape[-1], x.element_size())
-    parts = -(-columns // (config.blocks * config.lanes * config.unroll * config.width))
+    parts = -(-columns // (config.blocks * config.columns))
     if columns < x.shape[-1]:  # padding of the vocabulary
         dx[..., columns:] = 0
     with device_of(x):
@@ -169,7 +159,7 @@ def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Sav
             rows.scale,
             rows.cap,
             BLOCKS=config.blocks,
-            **tiling(config),
+            **config.arguments,
         )
 
 
@@ -198,7 +188,7 @@ def policy_gradients(
             rows.cap,
             Options.of(config, 1),
             **term_functions(config),
-            **tiling(LossTiling.of(vocabulary, x.element_size())),
+            **LossTiling.of(vocabulary, x.element_size()).arguments,
         )
 
 
