@@ -150,10 +150,11 @@ class Ceilings:
         gpu = self.device.type == "cuda"
         elements, side = (1 << 28, 8192) if gpu else (1 << 24, 1024)
         self.bytes, self.flops = 2 * 4 * elements, 2 * side**3
-        self._from = torch.zeros(elements, device=self.device)
+        self._from = torch.randn(elements, device=self.device)  # zeros and ones cost less power, and a GPU then runs faster
         self._to = torch.empty_like(self._from)
         # A CPU multiplies smaller dtypes by way of float32, which is the rate to be held against.
-        self._a = torch.ones(side, side, device=self.device, dtype=self.dtype if gpu or self.dtype == torch.float64 else torch.float32)
+        dtype = self.dtype if gpu or self.dtype == torch.float64 else torch.float32
+        self._a = torch.randn(side, side, device=self.device, dtype=dtype)
         self._product = torch.empty_like(self._a)
 
     def calls(self) -> dict[str, Call]:
