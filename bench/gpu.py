@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_parts import ALL, GROUPS, put, put_text, work
+from bench.gpu_parts import ALL, put, put_text, work
 
 ROOT = Path(__file__).parents[1]
 DRY_MINUTES = 5.0  # a bound for a busy machine; a quiet one takes 20 seconds
 TESTS = [f"tests/test_{name}.py" for name in ("logprobs", "policy_loss", "fused", "scan", "divergence", "value_loss")]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"]
 KILLED, NO_TIME = "killed: its time was up", "not run: no time was left"
 PATIENCE = 5.0  # seconds for a killed process to end
 WORKERS = 16  # at most; each holds half a GiB of the GPU and a core
@@ -65,7 +66,7 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     # Each worker compiles and runs its part of the calls: compilation in parallel, by the very launches that the cache is asked for later.
     found = [Stage("kernels", 0.2, shared("kernels", workers), plain, verdict_table)]
     # A dry run has few processes: most of its time is imports.
-    found += [Stage(part, share, {part: [*this, "--part", part]}, plain) for part, share in ({ALL: 0.4} if dry else GROUPS).items()]
+    found.append(Stage(ALL, 0.48, {ALL: [*this, "--part", ALL]}, plain))
     if dry:
         found.append(
             Stage("configs", 0.2, {"configs": [*this, "--part", "compile-0+configs+graphs-0+memcheck-0", "--slice", "0/1"]}, plain, configs_table)
@@ -73,7 +74,7 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     else:
         found.append(Stage("compile", 0.08, shared("compile", workers), plain))
         found.append(Stage("configs", 0.14, {"configs": [*this, "--part", "configs"]}, plain, configs_table))
-        found.append(Stage("graphs", 0.06, shared("graphs", max(1, workers // 4)), plain))
+        found.append(Stage("checks", 0.2, shared("graphs", max(1, workers // 4)) | tests(), plain))
     sanitizer = None if dry else sanitizer_path()
     if sanitizer:
         # Without PyTorch's caching allocator, a kernel that leaves its tensor leaves its allocation too.
@@ -83,16 +84,20 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
             found.append(Stage(tool, 0.06, shared(tool, max(1, workers // 2), *checked), alone))
     elif not dry:
         print("memcheck, racecheck: not run, there is no compute-sanitizer here (it comes with the CUDA toolkit)", flush=True)
-    pytest = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"]
     if dry:
-        return [*found, Stage("tests", 0.1, {"tests": [*pytest, "--noconftest", "tests/test_gpu_run.py", "-k", "whole_or_not"]}, {})]
+        pytest = [*PYTEST, "--noconftest", "tests/test_gpu_run.py", "-k", "whole_or_not"]
+        found.append(Stage("tests", 0.1, {"tests": pytest}, {}))
+    return found
+
+
+def tests() -> dict[str, list[str]]:
+    """Those that need a GPU, and those of the kernels."""
     if not there("pytest"):
         print("tests: not run, pytest is not installed", flush=True)
-        return found
-    parallel = ["-n", "4", "--dist", "loadgroup"] if there("xdist") else []
+        return {}
+    parallel = ["-n", "8", "--dist", "loadgroup"] if there("xdist") else []
     marked = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in file.read_text())
-    found.append(Stage("gpu-tests", 0.04, {"gpu-tests": [*pytest, "-m", "gpu", *marked]}, plain))
-    return [*found, Stage("tests", 0.1, {"tests": [*pytest, "-m", "not gpu", *TESTS, *parallel]}, plain)]
+    return {"gpu-tests": [*PYTEST, "-m", "gpu", *marked], "tests": [*PYTEST, "-m", "not gpu", *TESTS, *parallel]}
 
 
 def shareable() -> bool:
@@ -130,7 +135,13 @@ def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
             except subprocess.TimeoutExpired:
                 became[name] = KILLED
     finally:
+        for process in running.values():  # pytest then says what failed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+        patient = time.monotonic() + PATIENCE
         for name, process in running.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, patient - time.monotonic()))
             # The whole group, also where its leader is over: the workers that a part started go with it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -143,7 +154,7 @@ def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
 
 def measured(out: Path, command: str) -> Json | None:
     """The groups' contests in one result, in the form of ``python -m bench``."""
-    files = [out / f"{part}.json" for part in (*GROUPS, ALL)]
+    files = [out / f"{part}.json" for part in (ALL,)]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     contests = [contest for result in results for contest in result["contests"]]
     failed = {title: why for result in results for title, why in result["failed"].items()}
@@ -220,7 +231,7 @@ def configs_table(out: Path) -> str:
 
 
 # What a run writes: names up to the first dash.
-WRITTEN = {"environment", "summary", "gpu", *GROUPS, ALL, "kernels", "compile", "configs", "graphs", "memcheck", "racecheck", "tests"}
+WRITTEN = {"environment", "summary", "gpu", ALL, "kernels", "compile", "configs", "graphs", "memcheck", "racecheck", "tests"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

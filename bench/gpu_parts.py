@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Of what is measured, in order of worth, with shares of the time: torch.compile takes the most of it.
-GROUPS = {"token_logprobs": 0.13, "fused_policy_loss": 0.1, "fused_linear_policy_loss": 0.13, "tokens": 0.06}
-ALL = "headline"  # the groups together
+ALL = "headline"
+SLOW_PEER = "rows one by one"  # on a GPU a call takes a second, with a launch a row: the others' time
 PEERS_LEFT_OUT = ("trl", "liger_kernel", "torchrl")  # of a dry run: importing them takes longer than all else
 DRY_LAUNCHES = ("token_logprobs bf16", "policy_loss of tokens", "full_kl bf16", "gae of 16 steps")
 Json = dict[str, Any]
@@ -101,44 +100,49 @@ def kernels(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bo
     return well and not any(found["wrong"] for found in result.values())
 
 
-def contests(group: str, *, dry: bool) -> Iterator[Any]:
-    """Of the headline table, at real shapes, the one that matters most first; tiny ones for a dry run."""
+def contests(*, dry: bool) -> Iterator[Any]:
+    """Of the headline table, at real shapes, those that matter most first; tiny ones for a dry run."""
     import torch
 
     from bench.contests import gae, linear, logprobs, policy_loss
 
     device, dtype = (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda"), torch.bfloat16)
-    vocabularies = (64,) if dry else (128256, 151936, 32000)
-    if group == "token_logprobs":
-        yield from (logprobs.contest(device, 4 if dry else 8192, v, dtype, entropy=True) for v in vocabularies)
-    elif group == "fused_policy_loss":
-        yield from (policy_loss.from_logits(device, *((2, 4) if dry else (8, 1024)), v, dtype) for v in vocabularies)
-    elif group == "fused_linear_policy_loss":
-        shape = (64, 16, 64) if dry else (8192, 4096, 128256)
-        yield from (linear.loss_contest(device, *shape, dtype, **options) for options in ({}, {"frozen": True}, {"rollouts": True}))
-        yield linear.logprobs_contest(device, *shape, dtype)
-    else:
-        yield from (gae.contest(device, *shape) for shape in ([(2, 16)] if dry else [(8192, 2048), (256, 2048)]))
-        yield from (policy_loss.from_logprobs(device, *shape) for shape in ([(2, 16)] if dry else [(512, 2048), (32, 2048)]))
+    rows, batch, head = (4, (2, 4), (64, 16, 64)) if dry else (8192, (8, 1024), (8192, 4096, 128256))
+    for main in (True,) if dry else (True, False):
+        for vocabulary in (64,) if dry else (128256,) if main else (151936, 32000):
+            yield logprobs.contest(device, rows, vocabulary, dtype, entropy=True)
+            yield policy_loss.from_logits(device, *batch, vocabulary, dtype)
+        if main:
+            yield linear.loss_contest(device, *head, dtype)
+            yield gae.contest(device, *((2, 16) if dry else (8192, 2048)))
+            yield policy_loss.from_logprobs(device, *((2, 16) if dry else (512, 2048)))
+            yield linear.logprobs_contest(device, *head, dtype)
+            yield from (linear.loss_contest(device, *head, dtype, **options) for options in ({"frozen": True}, {"rollouts": True}))
+        else:
+            yield gae.contest(device, 256, 2048)
+            yield policy_loss.from_logprobs(device, 32, 2048)
 
 
-def headline(out: Path, group: str, *, dry: bool) -> bool:
+def headline(out: Path, *, dry: bool) -> bool:
     """Ours against float64, then all contenders and the ceilings in turn; with torch.compile, which is ready last, when all else is kept."""
     import torch
 
     from bench.environment import environment
     from bench.harness import OURS, Ceilings, Record
 
-    todo = [contest for one in (GROUPS if group == ALL else [group]) for contest in contests(one, dry=dry)]
+    todo = list(contests(dry=dry))
     result: Json = {"environment": environment(todo[0].device), "contests": [], "failed": {}}
     ceilings = {contest.dtype: None if dry else Ceilings(contest.device, contest.dtype) for contest in todo}
 
     def chosen(contest: Any, late: bool) -> Any:
-        return replace(contest, contenders={name: c for name, c in contest.contenders.items() if name == OURS or ("torch.compile" in name) == late})
+        def is_chosen(name: str) -> bool:
+            return name == OURS or (("torch.compile" in name) == late and not name.startswith(SLOW_PEER))
+
+        return replace(contest, contenders={name: c for name, c in contest.contenders.items() if is_chosen(name)})
 
     def measure(contest: Any) -> Json:
         record = Record(contest, ceilings[contest.dtype])
-        return record.sit(seconds=0.05 if dry else 3.0, rounds=(2, 3) if dry else (5, 50)).json()
+        return record.sit(seconds=0.05 if dry else 2.0, rounds=(2, 3) if dry else (5, 30)).json()
 
     def done(name: str, figures: Json | None, failure: str) -> None:
         before = next((contest for contest in result["contests"] if contest["title"] == name), None)
@@ -148,7 +152,7 @@ def headline(out: Path, group: str, *, dry: bool) -> bool:
             result["contests"].append(figures)
         else:
             before["contenders"] += [contender for contender in figures["contenders"] if contender["name"] != OURS]
-        put(out / f"{group}.json", result)
+        put(out / f"{ALL}.json", result)
 
     if dry:
         torch.set_num_threads(1)
@@ -284,4 +288,4 @@ def work(out: Path, part: str, piece: str, *, dry: bool, resumed: bool) -> bool:
         return graphs(out, part, piece, dry=dry, resumed=resumed)
     if task in ("memcheck", "racecheck"):
         return once_each(out, part, piece, dry=dry, resumed=resumed)
-    return headline(out, part, dry=dry)
+    return headline(out, dry=dry)

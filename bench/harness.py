@@ -292,30 +292,36 @@ def _reason(why: Exception) -> str:
 
 
 def _repeats(call: Call, device: torch.device) -> int:
-    """How often a call is made for one measurement: short ones for five milliseconds, in which a clock and a busy machine matter less."""
+    """How often a call is made for one measurement: short ones for some milliseconds, in which a clock and a busy machine matter less. On a GPU
+    longer: the host is ahead of it then, as it is in training."""
     start = clock(device)
     call()
-    return max(1, min(1000, int(5e-3 / max(clock(device) - start, 1e-6))))
+    return max(1, min(1000, int((2e-2 if device.type == "cuda" else 5e-3) / max(clock(device) - start, 1e-6))))
 
 
-# Bytes written over the L2 cache before a call: many times what any has, so that the host has queued the call before they are written.
-FLUSHED = 1 << 30
+FLUSHED = 1 << 28  # bytes written over the L2 cache before a call: more than any has
+CYCLES_PER_SECOND = 2e9  # of a GPU, about
+HOST = 2e-3  # seconds in which the host queues a call, launches and all
 
 
 def _timed(call: Call, repeats: int, device: torch.device, flush: Tensor | None) -> tuple[float, float | None]:
     """Seconds a call by the synchronising clock, and on a GPU those between two events: with ``flush``, of calls whose inputs are in no cache."""
-    pair = _events() if device.type == "cuda" and flush is None else None
     start = clock(device)
-    if pair:
-        pair[0].record()
     for _ in range(repeats):
         call()
-    if pair:
-        pair[1].record()
     wall = (clock(device) - start) / repeats
-    if pair:
-        return wall, pair[0].elapsed_time(pair[1]) / 1e3 / repeats
-    return wall, None if flush is None else cold_seconds(call, repeats, flush)
+    if device.type != "cuda":
+        return wall, None
+    if flush is not None:
+        return wall, cold_seconds(call, repeats, flush)
+    begin, end = _events()
+    torch.cuda._sleep(int(CYCLES_PER_SECOND * min(wall * repeats, 0.05)))  # the host has queued the calls before the first begins
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return wall, begin.elapsed_time(end) / 1e3 / repeats
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -327,6 +333,7 @@ def cold_seconds(call: Callable[[], object], repeats: int, flush: Tensor) -> flo
     pairs = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(int(CYCLES_PER_SECOND * HOST))
         begin, end = _events()
         begin.record()
         call()

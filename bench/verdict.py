@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def objections(launch: Launch, device: torch.device) -> list[str]:
         with torch.cuda.graph(graph):
             replayed = once(launch, inputs)
     except RuntimeError as why:
-        return [*found, f"no CUDA graph captures it: {why}"]
+        where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(traceback.extract_tb(why.__traceback__)))
+        return [*found, f"no CUDA graph captures it: {str(why).splitlines()[0]}, at {where}; after {why.__context__}"]
     restored()
     graph.replay()
     torch.cuda.synchronize()

@@ -55,8 +55,7 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, comparison: Comparison,
 
 def _launch(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | None, statistics: Tensor, part: str) -> None:
     x, y = as_rows(logits), as_rows(ref_logits)
-    # Two passes want few rows in flight, for the cache.
-    config = PairTiling.of(x, y, *((256, 2) if o.kind == "jsd" else (128, 4)))
+    config = PairTiling.of(x, y, threads=256, loads=2)
     with device_of(x):
         kernels.divergence_kernel[(logits.shape[:-1].numel(),)](
             x,
@@ -80,7 +79,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     """Fill ``out`` with d loss / d logits."""
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in logits.py
-    config = PairTiling.of(x, y, threads=256, loads=2)
+    config = PairTiling.of(x, y, threads=128, loads=2)
     parts = -(-x.shape[-1] // (config.blocks * config.columns))
     with device_of(x):
         kernels.divergence_backward_kernel[(grad.numel() * parts,)](

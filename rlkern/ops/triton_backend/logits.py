@@ -62,7 +62,7 @@ class RowConfig(Tile):
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
-        return cls(*cut(vocabulary, itemsize, threads=128, loads=4), segment=32768)
+        return cls(*cut(vocabulary, itemsize, threads=128, loads=2), segment=32768)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class LossTiling(Tile):
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
         """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
-        whose registers 512 threads fill; short ones several."""
-        return cls(*cut(vocabulary, itemsize, threads=512 if vocabulary * itemsize > 96 << 10 else 128, loads=4))
+        which 1024 threads fill; short ones several."""
+        long = vocabulary * itemsize > 96 << 10
+        return cls(*cut(vocabulary, itemsize, threads=1024 if long else 128, loads=2 if long else 4))
 
 
 def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:

@@ -25,7 +25,7 @@ class TileConfig:
     @classmethod
     def of(cls, length: int, heavy: bool) -> TileConfig:
         """By the length of a row (packed: the mean), rounded up to a power of 2. ``heavy``: with 8 steps a thread, registers would spill."""
-        lanes = min(128 if heavy else 512, max(4, 1 << (-(-length // 4) - 1).bit_length()))
+        lanes = min(128 if heavy else 256, max(4, 1 << (-(-length // 4) - 1).bit_length()))
         rows = max(1, (128 if heavy else 256) // lanes)
         return cls(rows=rows, lanes=lanes, warps=rows * lanes // (32 if heavy else 64))
 
