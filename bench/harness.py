@@ -134,7 +134,9 @@ def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     worst = 0.0
     for x, y in zip(results, exact, strict=True):
         x, y = x.detach().double(), y.detach().double()
-        difference = (x - y).abs().max() / (y.abs().max() if y.ndim else y.abs().clamp(min=1.0))
+        difference = (x - y).abs().max()
+        if difference != 0.0:  # of zeros there is nothing to divide by
+            difference = difference / (y.abs().max() if y.ndim else y.abs().clamp(min=1.0))
         worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
     return worst
 

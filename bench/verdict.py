@@ -60,6 +60,18 @@ def once(launch: Launch, inputs: Tensors) -> Tensors:
 
 def objections(launch: Launch, device: torch.device) -> list[str]:
     """What keeps a second run from giving the same bits: on a GPU without a synchronisation, and from a CUDA graph; elsewhere just again."""
+    if device.type != "cuda":
+        return _objections(launch, device)
+    # All of it in the stream that is captured: the engine makes an input's node for gradients wait for the stream that first used it.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = _objections(launch, device)
+    torch.cuda.current_stream().wait_stream(stream)
+    return found
+
+
+def _objections(launch: Launch, device: torch.device) -> list[str]:
     inputs = launch.inputs(Random(0, device))
     before = {name: x.clone() for name, x in inputs.items()}
 
@@ -86,15 +98,10 @@ def objections(launch: Launch, device: torch.device) -> list[str]:
     if not gpu:
         return found
     restored()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once(launch, inputs)
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     restored()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             replayed = once(launch, inputs)
     except RuntimeError as why:
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(traceback.extract_tb(why.__traceback__)))

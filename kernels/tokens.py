@@ -239,8 +239,7 @@ def policy_kernel(
         if KEPT_MEAN:
             own_log_r = own_log_r / kept_length
         if REDUCTION == "weighted-sum" and weights is not None and ONE_WEIGHT:
-            w = tl.load(at(weights, row, begin), mask=tokens > 0.0, other=1.0).to(DTYPE)
-            own_log_r += policy.log_weight(w)
+            own_log_r += policy.log_weight(tl.load(at(weights, row, begin), mask=tokens > 0.0, other=1.0).to(DTYPE))
         drift = tl.sum(drift_total, 0) / length
     # What the lengths put into the weight of a token.
     scale = 1.0 / length if AGGREGATION == "seq-mean-token-mean" else tl.full([], 1.0, DTYPE)

@@ -12,6 +12,7 @@ from ._versions import too_old
 
 BACKENDS = ("triton", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_TOO_OLD = too_old("triton")  # asked here, since torch.compile cannot trace the question
 # Read once: Triton itself decides when a kernel is decorated, that is at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FROM_ENVIRONMENT = os.environ.get("RLKERN_BACKEND") or None
@@ -31,8 +32,8 @@ def choose_backend(requested: str | None, x: Tensor, *, triton_dtypes: tuple[tor
         why = None
         if not HAS_TRITON:
             why = "triton is not installed; install it, or pass backend='torch'"
-        elif why := too_old("triton"):
-            pass
+        elif TRITON_TOO_OLD:
+            why = TRITON_TOO_OLD
         elif x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
             why = f"the tensors are on {x.device}; Triton needs a GPU (or TRITON_INTERPRET=1 set before import, for tests)"
         elif triton_dtypes is not None and x.dtype not in triton_dtypes:

@@ -1,13 +1,11 @@
 """The least versions of the packages that this one works with, as pyproject.toml has them: what is older fails late, and elsewhere."""
 
-import functools
 import re
 from importlib.metadata import PackageNotFoundError, version
 
 LEAST = {"torch": "2.9", "triton": "3.5", "transformers": "4.57", "accelerate": "1.7", "peft": "0.18"}
 
 
-@functools.cache
 def too_old(package: str) -> str | None:
     """What is wrong with the installed version of a package, naming both; None where nothing is, or where it is not there to ask."""
     try:

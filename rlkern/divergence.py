@@ -135,7 +135,7 @@ def linear_full_kl(
         logits_dtype: dtype of the policy's logits of a chunk, as in :func:`rlkern.linear_token_logprobs`; where it is less than float32, the
             reference's logits have the dtype of its operands too.
         chunk_bytes: memory for the policy's logits of a chunk, and for their gradient where it is of another dtype; the reference's come to it.
-            Default: 64 MiB on a CPU, 1 GiB on a GPU.
+            Default: 64 MiB on a CPU, 2 GiB on a GPU.
         rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
         process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. One all-gather, or with a
             frozen head one a chunk; of a JSD one a chunk and one for all, or with a frozen head two a chunk.

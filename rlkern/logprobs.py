@@ -76,7 +76,8 @@ def token_logprobs(
 
     Args:
         logits: ``S + [V]``; float16, bfloat16, float32, or float64 (torch backend). ``S`` is any shape of rank 1 or more. Read in place wherever the
-            last dimension has unit stride and the rest two strides at most, as in ``logits[:, :-1]``; otherwise copied.
+            last dimension has unit stride and the rest two strides at most, as in ``logits[:, :-1]``; otherwise copied. All of a model's logits, with
+            an id of -100 at the last position, spare the copy that PyTorch makes of a slice's gradient.
         ids: ``S``, int32 or int64. ``ids[i]`` is the token that ``logits[i]`` scores: nothing is shifted. -100 counts as masked.
         mask: ``S``, any dtype, non-zero where a position counts. Elsewhere nothing is read, and both results and the gradient are 0.
         temperature: a positive number, or a tensor of shape ``S`` with one for each token.
@@ -157,7 +158,7 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         logits_dtype: dtype of the logits of a chunk. Default: float32 (float64 for float64), the products of 16-bit operands unrounded; their
             gradient is rounded to the operands' dtype. The operands' own dtype, say bfloat16, takes less memory traffic; log-probs are then off by
             1e-2.
-        chunk_bytes: memory for the logits of a chunk, and for their gradient where it is of another dtype. Default: 64 MiB on a CPU, 1 GiB on a GPU.
+        chunk_bytes: memory for the logits of a chunk, and for their gradient where it is of another dtype. Default: 64 MiB on a CPU, 2 GiB on a GPU.
         rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, where the caller knows them; others count as masked.
         compact: leave masked rows out of the products, by counting them (on a GPU: one synchronisation). Default: on the CPU.
         mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.

@@ -200,6 +200,8 @@ def test_infinite_logits(backend, device, softcap):
 
 
 def test_a_row_does_not_depend_on_the_others(backend, device):
+    if backend == "torch" and device.type == "cuda":
+        pytest.skip("there PyTorch's own sums depend on how many rows there are")
     x, y = two_models(6, 3000, device=device)
     for beta in (0.3, 1.0):
         together = rk.generalized_jsd(x, y, beta=beta, backend=backend)
@@ -246,10 +248,10 @@ def test_gradcheck():
             assert torch.autograd.gradcheck(lambda z, b=beta, o=options: rk.generalized_jsd(z, y, beta=b, **o), (x,))
 
 
-def test_float64_stays_float64():
-    x, y = two_models(4, 100, dtype=torch.float64)
+def test_float64_stays_float64(device):
+    x, y = two_models(4, 100, dtype=torch.float64, device=device)
     for beta in BETAS:
-        mine = rk.generalized_jsd(x, y.float(), beta=beta)
+        mine = rk.generalized_jsd(x, y.float(), beta=beta, backend="torch")
         assert mine.dtype == torch.float64
         assert_accurate(mine, reference.generalized_jsd(x, y.float().double(), beta=beta), eps=1e-13)
     with pytest.raises(ValueError, match=r"'triton' cannot run here: its kernel takes .* not torch.float64"):

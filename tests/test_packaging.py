@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import rlkern
-from rlkern import _versions
+from rlkern import _backend, _versions
 from rlkern._backend import choose_backend
 
 ROOT = Path(__file__).parents[1]
@@ -137,16 +137,14 @@ def test_the_citation_is_of_this_version():
 
 def test_what_is_too_old_is_an_error_that_names_both_versions(monkeypatch):
     monkeypatch.setattr(_versions, "version", lambda package: "2.8.1+cu128")
-    _versions.too_old.cache_clear()
     with pytest.raises(ImportError, match=r"torch 2.8.1\+cu128 is too old: rlkern needs torch 2.9 or newer"):
         _versions.require("torch")
+    monkeypatch.setattr(_backend, "TRITON_TOO_OLD", _versions.too_old("triton"))
     with pytest.raises(ValueError, match=r"backend='triton' cannot run here: triton 2.8.1\+cu128 is too old: rlkern needs triton 3.5 or newer"):
         choose_backend("triton", torch.ones(1))
     monkeypatch.setattr(_versions, "version", lambda package: "10.0a1")
-    _versions.too_old.cache_clear()
     _versions.require(*_versions.LEAST)
     monkeypatch.undo()
-    _versions.too_old.cache_clear()
 
 
 # ---- the rules of the house -----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rlkern as rk
@@ -85,6 +86,12 @@ class Logits(NamedTuple):
     tokens: Tokens
 
 
+def past_the_end(x: Tensor) -> Tensor:
+    """With the last position of a model's logits, which scores nothing: masked there, all of the logits go in. A slice of them would have its
+    gradient copied into one of the whole."""
+    return F.pad(x, (0, 1), value=-100 if x.dtype == torch.int64 else 0)
+
+
 def from_logits(device: torch.device, sequences: int, length: int, vocabulary: int, dtype: torch.dtype) -> Contest:
     every = max(1, sequences // 4)
 
@@ -118,15 +125,16 @@ def from_logits(device: torch.device, sequences: int, length: int, vocabulary: i
 
     def ours(x: Logits) -> Tensor:
         t = x.tokens
-        lp = rk.token_logprobs(x.logits[:, :-1], x.ids)
+        lp = rk.token_logprobs(x.logits, past_the_end(x.ids))
         assert isinstance(lp, Tensor)
+        lp = lp[:, :-1]
         return rk.policy_loss(lp, t.old, t.advantages, mask=t.mask, ref_logprobs=t.ref, config=CONFIG).loss
 
     def fused(x: Logits) -> Tensor:
         t = x.tokens
-        states = x.logits[:, :-1]
-        options = {"mask": t.mask, "ref_logprobs": t.ref, "config": CONFIG, "with_entropy": False, "with_metrics": False}
-        return rk.fused_policy_loss(states, x.ids, t.old, t.advantages, **options).loss  # type: ignore[arg-type]
+        ids, old, mask, ref = map(past_the_end, (x.ids, t.old, t.mask, t.ref))
+        options = {"mask": mask, "ref_logprobs": ref, "config": CONFIG, "with_entropy": False, "with_metrics": False}
+        return rk.fused_policy_loss(x.logits, ids, old, t.advantages, **options).loss  # type: ignore[arg-type]
 
     def after(logprobs: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Logits], Tensor]:
         def loss(x: Logits) -> Tensor:

@@ -21,7 +21,11 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def row_levels(x: Tensor) -> list[list[int]] | None:
-    """[size, stride] of the two dimensions that all but the last of ``x`` amount to, outermost first; None if it takes more, or columns lie apart."""
+    """[size, stride] of the two dimensions that all but the last of ``x`` amount to, outermost first; None if it takes more, or columns lie apart.
+
+    Where there are fewer, 1 and the stride of rows: the compiler reads how rows are aligned from all strides, and one row's result must not differ
+    from the same row's among others.
+    """
     levels: list[list[int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
@@ -32,7 +36,7 @@ def row_levels(x: Tensor) -> list[list[int]] | None:
             levels.append([size, stride])
     if len(levels) > 2 or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return None
-    return [[1, 0]] * (2 - len(levels)) + levels
+    return [[1, x.stride(-2) if x.dim() > 1 else x.shape[-1]]] * (2 - len(levels)) + levels
 
 
 def as_rows(x: Tensor) -> Tensor:

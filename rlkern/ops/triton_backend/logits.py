@@ -84,8 +84,7 @@ class LossTiling(Tile):
     def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
         """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
         which 1024 threads fill; short ones several."""
-        long = vocabulary * itemsize > 96 << 10
-        return cls(*cut(vocabulary, itemsize, threads=1024 if long else 128, loads=2 if long else 4))
+        return cls(*cut(vocabulary, itemsize, threads=1024 if vocabulary * itemsize > 96 << 10 else 512, loads=2))
 
 
 def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
