@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +103,10 @@ def _objections(launch: Launch, device: torch.device) -> list[str]:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             replayed = once(launch, inputs)
     except RuntimeError as why:
-        where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(traceback.extract_tb(why.__traceback__)))
-        return [*found, f"no CUDA graph captures it: {str(why).splitlines()[0]}, at {where}; after {why.__context__}"]
+        causes = [
+            str(e).splitlines()[0] for e in (why, why.__context__) if e is not None
+        ]  # the second: what broke the capture, where it was not its end
+        return [*found, f"no CUDA graph captures it: {', after '.join(causes)}"]
     restored()
     graph.replay()
     torch.cuda.synchronize()

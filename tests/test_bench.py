@@ -91,6 +91,9 @@ class FakeEvent:
     def record(self) -> None:
         self.at = sum(self.queue)
 
+    def synchronize(self) -> None:
+        pass
+
     def elapsed_time(self, end: "FakeEvent") -> float:
         return end.at - self.at
 
@@ -101,10 +104,11 @@ def test_on_a_gpu_short_calls_are_timed_with_a_cold_cache(monkeypatch):
     monkeypatch.setattr(FakeEvent, "queue", queue)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append(50.0))
     flush = SimpleNamespace(zero_=lambda: queue.append(100.0))
     _, cold = harness._timed(lambda: queue.append(3.0), 4, torch.device("cuda"), flush)
     assert cold == pytest.approx(3e-3)
-    assert queue == [3.0] * 4 + [100.0, 3.0] * 4
+    assert queue == [3.0] * 4 + [100.0, 50.0, 3.0] * 4
     _, warm = harness._timed(lambda: queue.append(2.0), 4, torch.device("cuda"), None)
     assert warm == pytest.approx(2e-3)
     assert harness._timed(lambda: None, 4, CPU, None)[1] is None

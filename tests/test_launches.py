@@ -110,7 +110,7 @@ def test_on_a_gpu_synchronisations_and_graphs_are_asked_for(when, said, monkeypa
         state["now"] = {"error": "synchronising", "default": "eager"}[name]
 
     fakes = {"set_sync_debug_mode": mode, "Stream": _Stream, "current_stream": _Stream, "CUDAGraph": _Graph, "synchronize": lambda: None}
-    fakes |= {"stream": lambda _: during("warming"), "graph": lambda _: during("capturing")}
+    fakes |= {"stream": lambda _: during("warming"), "graph": lambda _, stream: during("capturing")}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 

@@ -434,3 +434,13 @@ def test_cuda_graph():
         g = step()
     graph.replay()
     assert torch.equal(g, expected)
+
+
+def test_the_reference_gives_minus_infinity_no_gradient_and_reads_no_masked_row():
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0], [torch.nan, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    found = reference.token_logprobs(logits, torch.tensor([0, 0]), mask=torch.tensor([1, 0]), softcap=5.0)
+    assert isinstance(found, torch.Tensor)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient[0, 0] == 0.0
+    assert gradient[0, 1] < 0.0
+    assert torch.equal(gradient[1], torch.zeros(3, dtype=torch.float64))

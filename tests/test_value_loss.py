@@ -296,3 +296,14 @@ def test_without_metrics(backend, device):
     assert bare.metrics == {}
     assert torch.equal(full.loss, bare.loss)
     assert torch.equal(*(torch.autograd.grad(out.loss, values)[0] for out in (full, bare)))
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.2])
+def test_a_value_of_nan_is_not_swallowed(backend, device, clip_range):
+    """In the loss and in its own gradient, and nowhere else."""
+    values = torch.tensor([0.1, torch.nan, 0.3], device=device, requires_grad=True)
+    old = None if clip_range is None else torch.zeros(3, device=device)
+    loss = rk.value_loss(values, old, torch.ones(3, device=device), clip_range=clip_range, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, values)
+    assert loss.isnan()
+    assert gradient.isnan().tolist() == [False, True, False]

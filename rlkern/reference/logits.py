@@ -38,14 +38,16 @@ def token_logprobs(
     if mask is not None:
         valid = valid & (mask != 0)
     inside = (ids >= 0) & (ids < vocabulary)
+    logits = torch.where(valid.unsqueeze(-1), logits, torch.zeros_like(logits))  # a masked row is never read
     z = scaled_logits(logits, temperature, softcap, logit_scale)
     if keep is not None:  # (offsets, token_ids): the sums run over the kept tokens only
         offsets, token_ids = keep
         kept = torch.zeros(ids.numel(), vocabulary, dtype=torch.bool, device=z.device)
         kept[torch.arange(ids.numel(), device=z.device).repeat_interleave(offsets[1:] - offsets[:-1]), token_ids.long()] = True
         z = torch.where(kept.view(z.shape), z, -torch.inf)
-    z = torch.where(valid.unsqueeze(-1), z, torch.zeros_like(z))  # a masked row is never read
-    dead = z == -torch.inf  # probability 0; detached, so that no gradient forms 0 * inf there
+    z = torch.where(valid.unsqueeze(-1), z, torch.zeros_like(z))  # nor its temperature, nor which of its tokens are kept
+    dead = z == -torch.inf  # probability 0 and gradient 0, also where the token was chosen; no 0 * inf is formed there
+    z = torch.where(dead, z.detach(), z)
     lse = torch.logsumexp(z, dim=-1)
     lse = torch.where(lse.isfinite(), lse, torch.nan)  # a row of -inf, or with +inf, is no distribution
     logprob = z.gather(-1, torch.where(inside, ids, 0).long().unsqueeze(-1)).squeeze(-1) - lse
@@ -62,6 +64,8 @@ def log_softmax(
     logits: Tensor, mask: Tensor | None, temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0
 ) -> Tensor:
     """z - lse;  NaN in a row of -inf, or with +inf or NaN;  masked rows are not read (and have no meaning)."""
+    if mask is not None:
+        logits = torch.where((mask != 0).unsqueeze(-1), logits, 0.0)
     z = scaled_logits(logits, temperature, softcap, logit_scale)
     if mask is not None:
         z = torch.where((mask != 0).unsqueeze(-1), z, 0.0)

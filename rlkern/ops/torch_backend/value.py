@@ -21,7 +21,7 @@ def value_loss(x: Values, options: ValueOptions, out: ValueResults) -> None:
         low, high = old - options.clip, old + options.clip
         clipped = (torch.maximum(torch.minimum(v, high), low) - target).square()
         # Numbers instead of bools: 1 where the plain error is the larger, 1/2 where it is as large, unless that is because nothing was clipped.
-        plain_slope = as_number(torch.gt, squared, clipped).add_(as_number(torch.ge, squared, clipped)).mul_(0.5)
+        plain_slope = as_number(torch.lt, squared, clipped).add_(as_number(torch.le, squared, clipped)).mul_(-0.5).add_(1.0)  # 1 for NaN
         moves = as_number(torch.ge, v, low).mul_(as_number(torch.le, v, high))
         slope = times(torch.maximum(plain_slope, moves), error)
         squared = torch.maximum(plain, clipped)
