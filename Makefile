@@ -20,13 +20,14 @@ export PIP_USER := 0
 OTHER_ARITHMETIC := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RLKERN_TEST_HEADROOM=1.5
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: help demo pipeline test fuzz arithmetic lint docs hub bench gpu clean
+.PHONY: help demo pipeline test fuzz mutants arithmetic lint docs hub bench gpu clean
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
 	@echo "make pipeline    a reward model from preferences, then PPO against it (3 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (6 minutes on 2 CPU cores)"
 	@echo "make fuzz    random inputs, extreme ones among them, against the float64 reference; 10 minutes on 2 CPU cores"
+	@echo "make mutants faults put into a copy of the library, one at a time: is each noticed by a test? a quarter of an hour"
 	@echo "make arithmetic    the tests under seven settings of the processor's arithmetic (half an hour)"
 	@echo "make lint    style and types only"
 	@echo "make docs    the documentation as a site, in site/"
@@ -49,6 +50,9 @@ test: lint
 FUZZ ?= 8000
 fuzz: $(INSTALLED)
 	RLKERN_FUZZ=$(FUZZ) $(PYTEST) tests/test_fuzz.py
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants --write
 
 arithmetic: $(INSTALLED)
 	$(BIN)/python -m tests.arithmetic

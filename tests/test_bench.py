@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import accuracy, harness, report, tables
+from bench import accuracy, harness, hazards, report, tables
 from bench.contests import OPERATIONS, update
 from bench.harness import OURS, Ceilings, Contest, Measured, Record, memory, ratio
 
@@ -286,3 +286,12 @@ def test_plots_are_there():
 
 def test_measured_reads_its_sittings():
     assert Measured(seconds=[[3.0, 1.0], [2.0]]).median == 2.0
+
+
+def test_our_column_of_the_hazards_has_no_nan():
+    """And PyTorch's has one wherever it is a hazard of that kind."""
+    for title, (contenders, judged, _) in hazards.HAZARDS.items():
+        mine, eager = (judged(contenders[name]()) for name in ("rlkern", "PyTorch"))
+        assert "nan" not in mine, title
+        assert "inf" not in mine, title
+        assert ("nan" in eager) == (title != "bfloat16 logits, 32,000 tokens"), title

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import rlkern
 
+from . import mutants
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("rlkern", "kernels", "bench")
 
@@ -116,3 +118,9 @@ def test_a_loss_is_added_in_three_steps(tmp_path):
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) >= 7
+
+
+def test_every_fault_of_make_mutants_still_has_its_place():
+    for fault in mutants.FAULTS:
+        assert (ROOT / fault.file).read_text().count(fault.is_now) == 1, f"{fault.file}: {fault.is_now}"
+        assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in fault.tests.split())

@@ -1,0 +1,202 @@
+"""``make mutants``: faults put into a copy of the library, one at a time. Which of them does no test notice?
+
+    python -m tests.mutants [--write] [PART OF A FILE'S NAME]
+
+With ``--write`` the report goes into docs/reliability.md. A fault that is noticed by no test needs one; exit status 1 until it has it.
+"""
+
+# ruff: noqa: E501 -- a fault a line
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mutants -->", "<!-- mutants: end -->"
+MINUTES = 5.0  # for a fault that makes a test hang
+WORKERS = max(1, min(4, os.cpu_count() or 1))
+
+
+class Fault(NamedTuple):
+    file: str
+    is_now: str  # once in the file
+    would_be: str
+    tests: str  # files of tests/, without test_ and .py
+
+
+TERMS, POLICY, LOSS = "rlkern/ops/torch_backend/terms.py", "kernels/policy.py", "policy_loss overflow edges"
+LOGITS, SCAN, VALUE = "logprobs edges fused", "scan", "value_loss"
+FAULTS = (
+    # ---- the online softmax
+    Fault("kernels/softmax.py", "return tl.where(m == NEG_INF, 0.0, m)", "return m", LOGITS),
+    Fault("kernels/softmax.py", "tl.where(m == NEG_INF, 0.0, (m - anchored(m_new)) * c)", "(m - anchored(m_new)) * c", LOGITS),
+    Fault("kernels/softmax.py", "t = scale * (t + moved * s) + lane_sum", "t = scale * t + lane_sum", LOGITS),
+    Fault("kernels/softmax.py", "lane_sum(e * tl.maximum(d, LOWEST))", "lane_sum(e * d)", LOGITS),
+    Fault("kernels/softmax.py", "scale * s + lane_sum(e), t", "s + lane_sum(e), t", LOGITS),
+    Fault("kernels/softmax.py", "tl.sum(scale * (t + moved * s), AXIS)", "tl.sum(scale * t, AXIS)", LOGITS),
+    Fault("kernels/softmax.py", "return (x_target - m) * scale - log2_s * LN2", "return (x_target - m) - log2_s * LN2", LOGITS),
+    Fault("kernels/softmax.py", "(log2_s - t / s) * LN2", "(log2_s + t / s) * LN2", LOGITS),
+    Fault("kernels/softmax.py", "return -(a + b * entropy) * scale", "return -a * scale", LOGITS),
+    Fault("kernels/softmax.py", "-b * LN2 * scale, a * scale", "-b * LN2, a * scale", LOGITS),
+    Fault("kernels/softmax.py", "dz = p * (k0 + k1 * tl.maximum(log2_p, LOWEST))", "dz = p * (k0 + k1 * log2_p)", LOGITS),
+    # ---- log-probs
+    Fault("kernels/logits.py", "stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)", "stop = tl.minimum(start + SEGMENT, V)", "traffic edges logprobs"),
+    Fault("kernels/logits.py", "there = live[:, None] & (part < segments)[None, :]", "there = live[:, None] & (part < segments - 1)[None, :]", LOGITS),
+    Fault("kernels/logits.py", "(columns == at.to(tl.int32)) & (x > softmax.NEG_INF)", "columns == at.to(tl.int32)", LOGITS),
+    Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
+    Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
+    Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "distributed"),
+    Fault("rlkern/ops/torch_backend/logits.py", ".sub_(h[rows] * b[rows].unsqueeze(1) * c + upstream)", ".sub_(upstream)", LOGITS),
+    Fault("rlkern/ops/torch_backend/logits.py", "z.div(cap).masked_fill_(z == -torch.inf, 1.0)", "z.div(cap)", "logprobs edges fuzz"),
+    Fault("rlkern/ops/torch_backend/logits.py", "a = a.masked_fill(~inside, torch.nan)", "a = a.masked_fill(~inside, 0.0)", "logprobs edges promises"),
+    # ---- surrogates, in both backends
+    Fault(POLICY, "return tl.exp(tl.where(A == 0.0, 0.0, log_r))", "return tl.exp(log_r)", LOSS),
+    Fault(POLICY, "free_slope = tl.where(r > o.ratio_cap, 0.0, A)", "free_slope = A", LOSS),
+    Fault(POLICY, "clipped_slope = tl.where(outside(r, o.low, o.high), 0.0, A)", "clipped_slope = A", LOSS),
+    Fault(POLICY, "tl.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope)", "clipped_slope", LOSS),
+    Fault(POLICY, "tl.where(negative & (loss == most), 0.5 * slope, slope)", "slope", LOSS),
+    Fault(POLICY, "return tl.where(negative & (loss > most), most, loss)", "return tl.where(loss > most, most, loss)", LOSS),
+    Fault(POLICY, "slope = times(A, -clamp(tl.exp(log_r), o.low, o.high))", "slope = times(A, -clamp(tl.exp(log_r), o.low, 1e30))", LOSS),
+    Fault(POLICY, "-4.0 * gate * (1.0 - gate)", "-4.0 * gate", LOSS),
+    Fault(POLICY, "high = by_sign(A > 0.0, A, o.high, float(\"inf\"))", "high = o.high", LOSS),
+    Fault(POLICY, "s = clamp(log_r, -18.420680743952367, 20.0)  # log 1e-8", "s = clamp(log_r, -20.0, 20.0)", LOSS),
+    Fault(POLICY, "tl.where(phi < float(\"inf\"), phi, 0.0)", "phi", LOSS),
+    Fault(POLICY, "return (A <= 0.0) & (moved < o.low), (A > 0.0)", "return (A < 0.0) & (moved < o.low), (A > 0.0)", LOSS),
+    Fault(POLICY, "distance += tl.where(other_old > 0.0, other_old", "distance += tl.where(other_old > 2.0, other_old", LOSS),
+    Fault(POLICY, "(distance > o.high) & (p > p_old)", "(distance > o.high)", LOSS),
+    Fault(TERMS, "over = (A < 0) & (loss > most)", "over = loss > most", LOSS),
+    Fault(TERMS, "torch.where((A < 0) & (loss == most), 0.5 * slope, slope)", "slope", LOSS),
+    Fault(TERMS, "free_slope = zero_where(outside(r, -INF, o.ratio_cap), A)", "free_slope = A", LOSS),
+    Fault(TERMS, "slope = -clamp(log_r.exp(), o.low, o.high) * A", "slope = -clamp(log_r.exp(), -INF, o.high) * A", LOSS),
+    Fault(TERMS, "tau = by_sign(A > 0, o.tau_pos, o.tau_neg, A)", "tau = by_sign(A >= -9e9, o.tau_pos, o.tau_neg, A)", LOSS),
+    Fault(TERMS, "stopped = (up & (log_r > o.high)) | (~up & (log_r < o.low))", "stopped = up & (log_r > o.high)", LOSS),
+    Fault(TERMS, "k = by_sign(A >= 0, o.vespo_k_pos, o.vespo_k_neg, s)", "k = by_sign(A > 0, o.vespo_k_pos, o.vespo_k_neg, s)", LOSS),
+    Fault(TERMS, "return (A <= 0) & (moved < o.low)", "return (A < 0) & (moved < o.low)", LOSS),
+    Fault(TERMS, "distance > -o.low) & (p < p_old)", "distance > -o.low)", LOSS),
+    Fault(TERMS, "return log_r.clamp(-20, 20), torch.zeros_like(log_r)", "return log_r, torch.zeros_like(log_r)", LOSS),
+    # ---- what tokens are added up to
+    Fault("kernels/tokens.py", "keep = live if KEPT_MEAN else kept", "keep = kept", LOSS),
+    Fault("kernels/tokens.py", "keep = keep & ((A >= 0.0) | (zero + drift <= o.off_policy_threshold))", "keep = keep & (zero + drift <= o.off_policy_threshold)", LOSS),
+    Fault("kernels/tokens.py", "d_log_r = tl.where(stopped, 0.0, d_log_r)", "d_log_r = d_log_r", LOSS),
+    Fault("kernels/tokens.py", "own_log_r = own_log_r / kept_length", "own_log_r = own_log_r / length", LOSS),
+    Fault("rlkern/ops/sequences.py", ".clamp(min=1) / by\n", " / by\n", "fused policy_loss edges"),
+    # ---- the critic
+    Fault("kernels/value.py", "tl.where(moves, 1.0, 0.5)", "1.0", VALUE),
+    Fault("kernels/value.py", "unexplained = error - (target - value) * (target - value)", "unexplained = error", VALUE),
+    Fault("rlkern/ops/torch_backend/value.py", ".mul_(-0.5).add_(1.0)  # 1 for NaN", ".mul_(-1.0).add_(1.0)", VALUE),
+    Fault("rlkern/ops/torch_backend/value.py", "slope = times(torch.maximum(plain_slope, moves), error)", "slope = times(plain_slope, error)", VALUE),
+    # ---- scans
+    Fault("kernels/scan.py", "return x + tl.where(f == 0, 0.0, f * y)", "return x + f * y", SCAN),
+    Fault("kernels/scan.py", "return f_b * f_a, through(x_a, f_b, x_b)", "return f_b * f_a, through(x_b, f_b, x_a)", SCAN),
+    Fault("kernels/scan.py", "through(through(through(x3, f2, x2), f1, x1), f0, x0)", "through(through(through(x3, f2, x2), f1, x1), f1, x0)", SCAN),
+    Fault("kernels/scan.py", "between = live[:, None] & (index < chunk)", "between = live[:, None] & (index <= chunk)", SCAN),
+    Fault("rlkern/ops/torch_backend/scan.py", "place.add_(valid.shape[1] - 1 - place[:, -1:].clone()).mul_(valid)", "place.add_(valid.shape[1] - 1 - place[:, -1:].clone())", SCAN),
+    Fault("rlkern/ops/torch_backend/scan.py", "heads[:, 1:], (0, 1)", "heads[:, :-1], (1, 0)", SCAN),
+    Fault("rlkern/ops/torch_backend/scan.py", "            passes[t].bitwise_and_(passes[t + 1])\n", "            pass\n", "scan fuzz"),
+    # ---- two models
+    Fault("kernels/divergence.py", "term = tl.where(y == softmax.NEG_INF, INF,", "term = tl.where(y == softmax.NEG_INF, 0.0,", "divergence"),
+    Fault("kernels/divergence.py", "term = tl.where(x == softmax.NEG_INF, 0.0, term)", "term = term", "divergence"),
+    Fault("kernels/divergence.py", "weight = tl.where(D >= 0.0, beta, 1.0 - beta)", "weight = tl.where(D >= 0.0, 1.0 - beta, beta)", "divergence"),
+    Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
+    # ---- around them
+    Fault("rlkern/advantages.py", "concatenated(x, sizes, process_group)", "x", "distributed advantages"),
+    Fault("rlkern/advantages.py", "if group_size < 1 or answers % group_size:", "if group_size < 1:", "advantages"),
+    Fault("rlkern/ops/logits.py", "[[1, x.stride(-2) if x.dim() > 1 else x.shape[-1]]]", "[[1, 0]]", "logprobs"),
+    Fault("rlkern/ops/logits.py", "live = ids != IGNORE_INDEX", "live = ids >= 0", "logprobs promises"),
+    Fault("rlkern/ops/products.py", "torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)", "torch.promote_types(a.dtype, b.dtype)", "exact_head fused"),
+    Fault("rlkern/ops/products.py", "beta=1 if accumulate or i else 0, out=total)", "beta=1 if accumulate else 0, out=total)", "exact_head fused"),
+    Fault("rlkern/ops/fused.py", "ctx.spent = True", "ctx.spent = False", "fused"),
+    Fault("rlkern/ops/head.py", "accumulate=self.started", "accumulate=True", "fused exact_head"),
+    Fault("rlkern/ops/head.py", "h = h.masked_fill(~self.live[self.where(rows)].unsqueeze(1), 0.0)", "h = h", "fused edges promises"),
+)  # fmt: skip
+
+
+def noticed(fault: Fault, tree: Path) -> str:
+    """By which test, in a copy of the project; empty where by none."""
+    file = tree / fault.file
+    text = file.read_text()
+    assert text.count(fault.is_now) == 1, f"{fault.file} holds {fault.is_now!r} {text.count(fault.is_now)} times, expected once"
+    file.write_text(text.replace(fault.is_now, fault.would_be))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in fault.tests.split())]
+    try:
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no end within {MINUTES:.0f} minutes"
+    finally:
+        file.write_text(text)
+    if done.returncode == 0:
+        return ""
+    named = [line.split(" - ")[0].split("/")[-1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return named[0] if named else (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def work(todo: queue.SimpleQueue[Fault], found: dict[Fault, str]) -> None:
+    """Until nothing is left to do."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "rlkern"
+        ignored = shutil.ignore_patterns(".venv", ".git", "runs", "build", "site", "dist", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+        while True:
+            try:
+                fault = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                found[fault] = noticed(fault, tree)
+            except Exception as why:
+                found[fault] = ""
+                print(f"{fault.file}: {why}", flush=True)
+            print(f"{'noticed' if found[fault] else 'NOT NOTICED':12}{fault.file}: {fault.would_be.strip()}  {found[fault]}", flush=True)
+
+
+def report(found: dict[Fault, str], seconds: float) -> str:
+    """As a table, by file."""
+    missed = [fault for fault in found if not found[fault]]
+    lines = [f"{len(found)} faults, {len(found) - len(missed)} noticed, in {seconds / 60:.0f} minutes:", ""]
+    lines += ["| file | is | would be | noticed by |", "|---|---|---|---|"]
+    for fault in FAULTS:
+        if fault in found:
+            cells = (fault.file, *(f"`` {' '.join(text.split())} ``" for text in (fault.is_now, fault.would_be)), found[fault] or "**no test**")
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="", help="of the name of a file: faults of other files are left out")
+    parser.add_argument("--write", action="store_true", help="the report into docs/reliability.md")
+    options = parser.parse_args()
+    began = time.monotonic()
+    todo: queue.SimpleQueue[Fault] = queue.SimpleQueue()
+    for fault in FAULTS:
+        if options.part in fault.file:
+            todo.put(fault)
+    found: dict[Fault, str] = {}
+    threads = [threading.Thread(target=work, args=(todo, found)) for _ in range(WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = report(found, time.monotonic() - began)
+    if options.write:
+        page = PAGE.read_text()
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    missed = sum(not by for by in found.values())
+    print(f"{len(found)} faults, {missed} not noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
