@@ -153,12 +153,10 @@ def run(stage: Stage, out: Path, end: float) -> dict[str, str]:
 
 
 def measured(out: Path, command: str) -> Json | None:
-    """The groups' contests in one result, in the form of ``python -m bench``."""
-    files = [out / f"{part}.json" for part in (ALL,)]
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
-    contests = [contest for result in results for contest in result["contests"]]
-    failed = {title: why for result in results for title, why in result["failed"].items()}
-    return {"command": command, "environment": results[0]["environment"], "contests": contests, "failed": failed} if contests else None
+    """The contests so far, in the form of ``python -m bench``."""
+    file = out / f"{ALL}.json"
+    result = json.loads(file.read_text()) if file.exists() else {"contests": []}
+    return {"command": command, **result} if result["contests"] else None
 
 
 def conduct(todo: Sequence[Stage], out: Path, seconds: float, command: str) -> int:

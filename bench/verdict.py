@@ -103,9 +103,8 @@ def _objections(launch: Launch, device: torch.device) -> list[str]:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             replayed = once(launch, inputs)
     except RuntimeError as why:
-        causes = [
-            str(e).splitlines()[0] for e in (why, why.__context__) if e is not None
-        ]  # the second: what broke the capture, where it was not its end
+        # The second is what broke the capture, where it was not its end.
+        causes = [str(e).splitlines()[0] for e in (why, why.__context__) if e is not None]
         return [*found, f"no CUDA graph captures it: {', after '.join(causes)}"]
     restored()
     graph.replay()

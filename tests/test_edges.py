@@ -117,3 +117,46 @@ def test_steps_that_are_truncated_and_terminated_have_terminated(packed, backend
         r, v, x = r.flatten(), v.flatten(), {name: t.flatten() for name, t in x.items()} | {"cu_seqlens": torch.tensor([0, 6, 12], device=device)}
     for mine, exact in zip(rk.gae(r, v, gamma=0.9, lam=0.8, **x, backend=backend), reference.gae(r, v, gamma=0.9, lam=0.8, **x), strict=True):
         assert_accurate(mine, exact, eps=1e-12)
+
+
+def test_vespo_beyond_its_lower_bound(backend, device):
+    """The sum of log-ratios is held at log 1e-8: a weight of 1e-15, and a third of that where it is not, which only a relative error shows."""
+    logprobs = torch.full((1, 2), -12.0, dtype=torch.float64, device=device, requires_grad=True)
+    old, advantages = torch.full_like(logprobs, -2.4).detach(), torch.ones(1, dtype=torch.float64, device=device)
+    config = rk.PolicyLossConfig.vespo()
+    mine = rk.policy_loss(logprobs, old, advantages, config=config, backend=backend).loss
+    exact = reference.policy_loss(logprobs, old, advantages, config=config)[0]
+    for x, y in ((mine, exact), (torch.autograd.grad(mine, logprobs)[0], torch.autograd.grad(exact, logprobs)[0])):
+        assert_accurate(x / y, torch.ones_like(y), eps=1e-6)  # a GPU's kernel takes its options in float32
+
+
+def test_vespo_holds_each_token_before_it_adds_them(backend, device):
+    """-30 counts as -20."""
+    logprobs = torch.tensor([[-31.0, -1.0]], dtype=torch.float64, device=device)
+    old, advantages = torch.tensor([[-1.0, -16.0]], dtype=torch.float64, device=device), torch.ones(1, dtype=torch.float64, device=device)
+    config = Config.vespo()
+    mine = rk.policy_loss(logprobs, old, advantages, config=config, backend=backend).loss
+    exact = reference.policy_loss(logprobs, old, advantages, config=config)[0]
+    assert_accurate(mine / exact, torch.ones_like(exact), eps=1e-6)
+
+
+def test_vespo_s_weight_that_overflows_counts_nothing(backend, device):
+    """As with TRL. Its exponent is 2000 at this log-ratio."""
+    logprobs = torch.full((1, 1), -1.0, dtype=torch.float64, device=device, requires_grad=True)
+    config = rk.PolicyLossConfig.vespo(vespo_k_pos=200.0, vespo_lambda_pos=1e-4)
+    loss = rk.policy_loss(logprobs, logprobs.detach() - 10.0, torch.ones(1, dtype=torch.float64, device=device), config=config, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert (loss.item(), gradient.item()) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("config", [Config(surrogate="dppo_tv", clip_low=0.1, clip_high=0.1), Config(surrogate="dppo_kl")], ids=["tv", "kl"])
+def test_a_token_of_no_advantage_leaves_the_trust_region_downwards(config, backend, device):
+    """It has no loss, but is counted."""
+    logprobs, zeros = torch.tensor([[-9.0, -0.1]], device=device), torch.zeros(1, device=device)
+    old = torch.tensor([[-0.1, -9.0]], device=device)
+    mine = rk.policy_loss(logprobs, old, zeros, config=config, backend=backend)
+    _, exact = reference.policy_loss(logprobs, old, zeros, config=config)
+    assert float(mine.loss) == 0.0
+    for name in exact:
+        assert_accurate(mine.metrics[name], exact[name], eps=1e-5 * (1.0 + abs(float(exact[name]))))
+    assert any(name.startswith("clip") and float(exact[name]) == 0.5 for name in exact)

@@ -12,6 +12,7 @@ import rlkern as rk
 from bench.traffic import traffic
 from rlkern import reference
 from rlkern.ops import scan as ops
+from rlkern.ops.torch_backend import scan as scan_on_torch
 from rlkern.ops.triton_backend import scan as launcher
 from rlkern.ops.triton_backend.scan import TileConfig
 
@@ -530,3 +531,19 @@ def test_next_values_of_empty_sequences(backend, device):
     found = rk.gae(r, v, gamma=0.9, lam=0.8, next_values=following, cu_seqlens=cu, backend=backend)
     last = torch.stack([following.new_zeros(()), following[1], following.new_zeros(()), following[4], following.new_zeros(())])
     assert torch.equal(found[0], rk.gae(r, v, gamma=0.9, lam=0.8, last_values=last, cu_seqlens=cu, backend=backend)[0])
+
+
+@pytest.mark.parametrize("lam", [0.95, 1.0])
+def test_no_nan_passes_an_end_of_an_episode(lam, backend, device):
+    """Also through the chunks in which a long row is scanned: the end lies in the middle of one."""
+    time = 5 * scan_on_torch.CHUNK
+    end = 2 * scan_on_torch.CHUNK + 7
+    rewards, values = torch.randn(2, 1, time, dtype=torch.float64).to(device)
+    clean = rewards.clone()
+    rewards[0, -1] = torch.nan
+    terminated = torch.zeros(1, time, device=device)
+    terminated[0, end] = 1
+    advantages, _ = rk.gae(rewards, values, gamma=0.99, lam=lam, terminated=terminated, backend=backend)
+    exact, _ = reference.gae(clean, values, gamma=0.99, lam=lam, terminated=terminated)
+    assert_accurate(advantages[0, : end + 1], exact[0, : end + 1], eps=1e-9)
+    assert bool(advantages[0, end + 1 :].isnan().all())
