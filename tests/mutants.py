@@ -56,7 +56,7 @@ FAULTS = (
     Fault("kernels/logits.py", "(columns == at.to(tl.int32)) & (x > softmax.NEG_INF)", "columns == at.to(tl.int32)", LOGITS),
     Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
-    Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "distributed"),
+    Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
     Fault("rlkern/ops/torch_backend/logits.py", ".sub_(h[rows] * b[rows].unsqueeze(1) * c + upstream)", ".sub_(upstream)", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "z.div(cap).masked_fill_(z == -torch.inf, 1.0)", "z.div(cap)", "logprobs edges fuzz"),
     Fault("rlkern/ops/torch_backend/logits.py", "a = a.masked_fill(~inside, torch.nan)", "a = a.masked_fill(~inside, 0.0)", "logprobs edges promises"),
@@ -135,7 +135,7 @@ def noticed(fault: Fault, tree: Path) -> str:
         file.write_text(text)
     if done.returncode == 0:
         return ""
-    named = [line.split(" - ")[0].split("/")[-1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    named = [line.split(" - ")[0].split("tests/", 1)[-1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     return named[0] if named else (done.stdout + done.stderr).strip().splitlines()[-1]
 
 

@@ -507,3 +507,17 @@ def test_cuda_graph():
         g = step()
     graph.replay()
     assert torch.equal(g, expected)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_maxima_that_rise_from_block_to_block(beta, backend, device):
+    """Of either row alone, or of both: a row of several blocks of the kernel."""
+    rise = torch.linspace(0.0, 20.0, 9000, device=device)
+    noise = torch.randn(3, 9000, device=device)
+    x, y = (
+        noise + rise * torch.tensor([[1.0], [0.0], [1.0]], device=device),
+        noise.flip(1) + rise * torch.tensor([[0.0], [1.0], [1.0]], device=device),
+    )
+    exact = reference.generalized_jsd(x.double(), y.double(), beta=beta)
+    peer = reference.generalized_jsd(x, y, beta=beta)
+    assert_accurate(rk.generalized_jsd(x, y, beta=beta, backend=backend), exact, peer, eps=1e-5)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import rlkern as rk
 from rlkern import reference
 from rlkern.ops import logits as ops
+from rlkern.ops.backends import backend_of
 
 from .judge import assert_accurate, opcheck, rounding
 
@@ -444,3 +445,10 @@ def test_the_reference_gives_minus_infinity_no_gradient_and_reads_no_masked_row(
     assert gradient[0, 0] == 0.0
     assert gradient[0, 1] < 0.0
     assert torch.equal(gradient[1], torch.zeros(3, dtype=torch.float64))
+
+
+def test_the_state_of_a_part_of_minus_infinity_is_empty(backend, device):
+    """As a rank's part of the vocabulary may be: what it merges with is all there is."""
+    rows = ops.Rows(torch.zeros(1, dtype=torch.int64, device=device), None, None, 1.0, None, backend, None)
+    state = backend_of(backend).states(torch.full((1, 40), -torch.inf, device=device), rows, True)
+    assert state[0, :3].tolist() == [-torch.inf, 0.0, 0.0]
