@@ -42,8 +42,8 @@ def clipped_branch(r, A, o):
     free, clipped = clamp(r, float("-inf"), o.ratio_cap) * A, clamp(r, o.low, o.high) * A
     free_slope = tl.where(r > o.ratio_cap, 0.0, A)
     clipped_slope = tl.where(outside(r, o.low, o.high), 0.0, A)
-    less = free < clipped  # where they are equal so are their slopes
-    return -tl.where(less, free, clipped), -tl.where(less, free_slope, clipped_slope)
+    slope = tl.where(free < clipped, free_slope, tl.where(free == clipped, 0.5 * (free_slope + clipped_slope), clipped_slope))
+    return -tl.where(free < clipped, free, clipped), -slope
 
 
 @triton.jit
