@@ -65,28 +65,22 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
 
     # Each worker compiles and runs its part of the calls: compilation in parallel, by the very launches that the cache is asked for later.
     found = [Stage("kernels", 0.2, shared("kernels", workers), plain, verdict_table)]
-    # A dry run has few processes: most of its time is imports.
     found.append(Stage(ALL, 0.48, {ALL: [*this, "--part", ALL]}, plain))
-    if dry:
-        found.append(
-            Stage("configs", 0.2, {"configs": [*this, "--part", "compile-0+configs+graphs-0+memcheck-0", "--slice", "0/1"]}, plain, configs_table)
-        )
-    else:
-        found.append(Stage("compile", 0.08, shared("compile", workers), plain))
-        found.append(Stage("configs", 0.14, {"configs": [*this, "--part", "configs"]}, plain, configs_table))
-        found.append(Stage("checks", 0.2, shared("graphs", max(1, workers // 4)) | tests(), plain))
-    sanitizer = None if dry else sanitizer_path()
-    if sanitizer:
+    if dry:  # has few processes: most of its time is imports
+        together = [*this, "--part", "compile-0+configs+graphs-0+memcheck-0", "--slice", "0/1"]
+        pytest = [*PYTEST, "--noconftest", "tests/test_gpu_run.py", "-k", "whole_or_not"]
+        return [*found, Stage("configs", 0.2, {"configs": together}, plain, configs_table), Stage("tests", 0.1, {"tests": pytest}, {})]
+    found.append(Stage("compile", 0.08, shared("compile", workers), plain))
+    found.append(Stage("configs", 0.14, {"configs": [*this, "--part", "configs"]}, plain, configs_table))
+    found.append(Stage("checks", 0.2, shared("graphs", max(1, workers // 4)) | tests(), plain))
+    if sanitizer := sanitizer_path():
         # Without PyTorch's caching allocator, a kernel that leaves its tensor leaves its allocation too.
         alone = plain | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for tool in ("memcheck", "racecheck"):
             checked = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
             found.append(Stage(tool, 0.06, shared(tool, max(1, workers // 2), *checked), alone))
-    elif not dry:
+    else:
         print("memcheck, racecheck: not run, there is no compute-sanitizer here (it comes with the CUDA toolkit)", flush=True)
-    if dry:
-        pytest = [*PYTEST, "--noconftest", "tests/test_gpu_run.py", "-k", "whole_or_not"]
-        found.append(Stage("tests", 0.1, {"tests": pytest}, {}))
     return found
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import rlkern as rk
 from bench import peers
+from bench.report import fill_one
 from bench.tables import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- hazards -->", "<!-- hazards: end -->"
 INF = float("inf")
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (logprobs, old, advantages [B], mask), all else [B, T]
 
@@ -160,8 +160,7 @@ def main() -> int:
     text = hazards()
     print(text)
     if options.write:
-        page = PAGE.read_text()
-        PAGE.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{page.split(END)[1]}")
+        fill_one(PAGE, "hazards", text)
     return 0
 
 

@@ -248,6 +248,11 @@ def filled(page: str, shown: Mapping[str, str]) -> str:
     return _BLOCK.sub(lambda match: f"{match[1]}{shown[match['name']]}\n{match[3]}", page)
 
 
+def fill_one(page: Path, name: str, table: str) -> None:
+    """Write one table of a page anew, and leave the others."""
+    page.write_text(_BLOCK.sub(lambda match: f"{match[1]}{table}\n{match[3]}" if match["name"] == name else match[0], page.read_text()))
+
+
 def fill_pages(shown: Mapping[str, str]) -> None:
     for page in PAGES:
         page.write_text(filled(page.read_text(), shown))

@@ -96,7 +96,6 @@ def _objections(launch: Launch, device: torch.device) -> list[str]:
     found += [f"{name} differs in a second run" for name in different(first, again)]
     if not gpu:
         return found
-    restored()
     graph = torch.cuda.CUDAGraph()
     restored()
     try:

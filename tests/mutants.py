@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.report import fill_one
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- mutants -->", "<!-- mutants: end -->"
 MINUTES = 5.0  # for a fault that makes a test hang
 WORKERS = max(1, min(4, os.cpu_count() or 1))
 
@@ -188,9 +189,7 @@ def main() -> int:
         thread.join()
     text = report(found, time.monotonic() - began)
     if options.write:
-        page = PAGE.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        fill_one(PAGE, "mutants", text)
     missed = sum(not by for by in found.values())
     print(f"{len(found)} faults, {missed} not noticed")
     return 1 if missed else 0

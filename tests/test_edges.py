@@ -123,7 +123,7 @@ def test_vespo_beyond_its_lower_bound(backend, device):
     """The sum of log-ratios is held at log 1e-8: a weight of 1e-15, and a third of that where it is not, which only a relative error shows."""
     logprobs = torch.full((1, 2), -12.0, dtype=torch.float64, device=device, requires_grad=True)
     old, advantages = torch.full_like(logprobs, -2.4).detach(), torch.ones(1, dtype=torch.float64, device=device)
-    config = rk.PolicyLossConfig.vespo()
+    config = Config.vespo()
     mine = rk.policy_loss(logprobs, old, advantages, config=config, backend=backend).loss
     exact = reference.policy_loss(logprobs, old, advantages, config=config)[0]
     for x, y in ((mine, exact), (torch.autograd.grad(mine, logprobs)[0], torch.autograd.grad(exact, logprobs)[0])):
@@ -143,7 +143,7 @@ def test_vespo_holds_each_token_before_it_adds_them(backend, device):
 def test_vespo_s_weight_that_overflows_counts_nothing(backend, device):
     """As with TRL. Its exponent is 2000 at this log-ratio."""
     logprobs = torch.full((1, 1), -1.0, dtype=torch.float64, device=device, requires_grad=True)
-    config = rk.PolicyLossConfig.vespo(vespo_k_pos=200.0, vespo_lambda_pos=1e-4)
+    config = Config.vespo(vespo_k_pos=200.0, vespo_lambda_pos=1e-4)
     loss = rk.policy_loss(logprobs, logprobs.detach() - 10.0, torch.ones(1, dtype=torch.float64, device=device), config=config, backend=backend).loss
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert (loss.item(), gradient.item()) == (0.0, 0.0)

@@ -146,7 +146,7 @@ def test_policy_loss(seed, name, backend, batch, time, spice, advantages, estima
     lp = torch.where(log_r < 0, lp + log_r, lp)  # the side of the pair that is unlikely
     old = lp - log_r
     A = fill.spiced(fill.normal(*shape), advantages)
-    if config.surrogate in ("gmpo",) or config.ratio_level != "token":
+    if config.surrogate == "gmpo" or config.ratio_level != "token":
         A = A[:, :1].expand(shape).clone()
     hidden = torch.tensor(NAN, dtype=torch.float64)
     lp, old, A, ref, entropy = (torch.where(mask.cpu(), x, hidden) for x in (lp, old, A, lp + 0.3 * fill.normal(*shape), fill.random(*shape)))
