@@ -155,7 +155,8 @@ def test_a_failure_of_continuous_batching_is_an_error(files, tmp_path, monkeypat
 def test_an_engine_of_ones_own_gets_the_weights_and_its_completions_are_learned_from(files, tmp_path, spec):
     run = start(files, tmp_path / "run", engine=spec, epochs=1, minibatches=1)
     engine = run.sample.engine
-    assert engine.sampling == Sampling(1.0, 0, 1.0, 6, engine.sampling.max_length, run.sample.ends, run.sample.pad, False, run.device)
+    longest, tokenizer = engine.sampling.max_length, run.sample.tokenizer
+    assert engine.sampling == Sampling(1.0, 0, 1.0, 6, longest, run.sample.ends, run.sample.pad, False, run.device, tokenizer=tokenizer)
     assert engine.sampling.max_length == 6 + max(len(run.sample.tokens(row)) for row in (*run.rows, *run.held_out))
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     numbers = run.step(0)
@@ -388,6 +389,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     logprobs: int | None = None
     detokenize: bool = True
+    stop: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -430,11 +432,12 @@ class LLM:
     @torch.no_grad()
     def _request(self, prompt: list[int], how: SamplingParams) -> Any:
         assert len(prompt) + how.max_tokens <= self.max_model_len
+        assert how.detokenize or not how.stop
         generator = torch.Generator().manual_seed(how.seed)
         tokens, logprobs = [], []
         while len(tokens) < how.max_tokens and (not tokens or tokens[-1] not in how.stop_token_ids):
             logits = self.network(torch.tensor([prompt + tokens])).logits[0, -1]
-            processed = logits / how.temperature
+            processed = logits / max(how.temperature, 1e-5)  # 0: the likeliest token
             if how.top_k > 0:
                 processed = processed.where(processed >= processed.topk(how.top_k).values[-1], -torch.inf)
             token = int(processed.softmax(-1).multinomial(1, generator=generator))
@@ -475,6 +478,21 @@ def test_vllm_samples_from_the_weights_it_is_given(files, tmp_path, changes):
 
 
 @pytest.mark.usefixtures("vllm")
+def test_vllm_with_texts_that_stop_and_another_temperature_in_evaluations(files, tmp_path):
+    run = start(files, tmp_path / "run", engine="vllm", max_new_tokens=30, track_mismatch=True, stop=["7"], eval_temperature=0.0)
+    batch = rollout(run, copies=4)
+    written = [ids[mask.bool()].tolist() for ids, mask in zip(batch.ids[:, -batch.mask.shape[1] :], batch.mask, strict=True)]
+    texts = run.sample.tokenizer.batch_decode(written)
+    assert any("7" in text for text in texts)
+    assert not any("7" in run.sample.tokenizer.decode(tokens[:-1]) for tokens in written)
+    assert run.sample.ended(batch).tolist() == ["7" in text or "<end>" in text for text in texts]
+    with run.sampling():
+        greedy, texts = run.sample(run.rows[:1] * 3, 0.0)
+    assert greedy.logprobs is None
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.usefixtures("vllm")
 def test_logprobs_that_vllm_cannot_give(files, tmp_path):
     with pytest.raises(InputError, match="vLLM gives log-probs after top_k and top_p") as error:
         start(files, tmp_path / "run", engine="vllm", temperature=0.7, top_k=5, track_mismatch=True)
@@ -512,8 +530,18 @@ def test_a_vllm_server_gets_the_weights_and_then_the_prompts(files, tmp_path, cl
     asked = client.generate.call_args.kwargs
     assert asked["prompts"] == [run.sample.tokens(row) for row in run.rows * 2]
     assert (asked["temperature"], asked["max_tokens"], asked["logprobs"]) == (0.7, 6, 0 if tracked else None)
+    assert asked["generation_kwargs"] == {"stop_token_ids": run.sample.ends}
     assert batch.mask.sum(1).tolist() == [3] * len(batch.ids)
     assert (batch.logprobs is None) if not tracked else (batch.logprobs[0].tolist() == [-1.0, -2.0, -0.5])
+
+
+def test_a_vllm_server_is_told_what_stops_and_of_the_temperature_in_evaluations(files, tmp_path, client):
+    run = start(files, tmp_path / "run", engine="http://localhost:8000", track_mismatch=True, stop=["no", "yes"], eval_temperature=0.3)
+    with run.sampling():
+        run.sample(run.rows, 0.3)
+    asked = client.generate.call_args.kwargs
+    assert asked["generation_kwargs"] == {"stop_token_ids": run.sample.ends, "stop": ["no", "yes"]}
+    assert (asked["temperature"], asked["logprobs"]) == (0.3, None)
 
 
 @pytest.mark.parametrize("error", [OSError("Connection refused"), Exception("Request failed: 500")])

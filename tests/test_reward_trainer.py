@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_each_answer_alone(files, tmp_path, data):
     out = run.loss(rows)
     losses, wins = [], []
     for row in rows:
-        scores = [score_alone(run, row.prompt, answer) for answer in row.answers]
+        scores = [score_alone(run, *answer) for answer in row.answers]
         gaps = [scores[i] - scores[j] for i in range(len(scores)) for j in range(i + 1, len(scores))]
         losses.append(torch.stack([torch.log1p(torch.exp(row.margin - gap)) for gap in gaps]).mean())
         wins.append(sum(float(gap > 0) for gap in gaps) / len(gaps))
@@ -217,8 +217,8 @@ RANKED = '{"prompt": "a", "ranked": ["b", "c", "d"]}\n'
         (GOOD + "\n" + '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', r":3: field 'rejected': the same answer as field 'chosen', 'b'"),
         (GOOD + '{"prompt": "a", "chosen": " ", "rejected": "b"}\n', r":2: field 'chosen': the answer is empty"),
         (GOOD + '{"prompt": "a", "chosen": "b", "rejected": ""}\n', r":2: field 'rejected': the answer is empty"),
-        (GOOD + '{"prompt": "a", "chosen": 7, "rejected": "b"}\n', r":2: field 'chosen': expected text, got 7"),
-        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": null}\n', r":2: field 'rejected': expected text, got None"),
+        (GOOD + '{"prompt": "a", "chosen": 7, "rejected": "b"}\n', r":2: field 'chosen': expected text or a list of messages, got 7"),
+        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": null}\n', r":2: field 'rejected': expected text or a list of messages, got None"),
         (GOOD + '{"prompt": 3, "chosen": "b", "rejected": "c"}\n', r":2: field 'prompt': expected text or a list of messages"),
         (GOOD + '{"prompt": "a", "chosen": "b", "rejected": \n', r":2: not JSON"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}\n', r":1: field 'margin': expected a number, got '1'"),
@@ -226,7 +226,7 @@ RANKED = '{"prompt": "a", "ranked": ["b", "c", "d"]}\n'
         ('{"prompt": "a", "ranked": ["b", "c"], "margin": 1}\n', r":1: field 'margin': goes with 'chosen' and 'rejected'"),
         (RANKED + '{"prompt": "a", "ranked": ["b", "c"]}\n', r":2: field 'ranked': 2 answers, but .*:1 has 3; all rows must rank as many"),
         (RANKED + '{"prompt": "a", "ranked": ["b", "c", "b"]}\n', r":2: field 'ranked', answer 2: the same answer as field 'ranked', answer 0, 'b'"),
-        (RANKED + '{"prompt": "a", "ranked": ["b", 1, "c"]}\n', r":2: field 'ranked', answer 1: expected text, got 1"),
+        (RANKED + '{"prompt": "a", "ranked": ["b", 1, "c"]}\n', r":2: field 'ranked', answer 1: expected text or a list of messages, got 1"),
         (RANKED + '{"prompt": "a", "ranked": ["b", "", "c"]}\n', r":2: field 'ranked', answer 1: the answer is empty"),
         (RANKED + '{"prompt": "a", "ranked": ["b"]}\n', r":2: field 'ranked': expected a list of two or more answers, the best first; got \['b'\]"),
         (RANKED + '{"prompt": "a", "ranked": "b"}\n', r":2: field 'ranked': expected a list"),
@@ -293,5 +293,5 @@ def test_without_arguments_the_built_in_preferences_are_learned(tmp_path, monkey
     assert not {row.prompt for row in training} & {row.prompt for row in held_out}
     for row in held_out:
         a, b = map(int, row.prompt.removeprefix("What is ").removesuffix("?").split(" + "))
-        better, worse = tutorial.reward([row.prompt] * 2, row.answers, [str(a + b)] * 2)
+        better, worse = tutorial.reward([row.prompt] * 2, [answer.text for answer in row.answers], [str(a + b)] * 2)
         assert better > worse

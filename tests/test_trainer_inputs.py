@@ -19,12 +19,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from rlkern.trainers import directories, grpo
+from rlkern.trainers import directories, grpo, policy, ppo, reward
 from rlkern.trainers.arguments import parse
 from rlkern.trainers.data import batch_at, read_jsonl
 from rlkern.trainers.errors import InputError
@@ -173,6 +171,26 @@ def test_no_family_keeps_dropout(tmp_path):
 
     own = without_dropout(Own())
     assert (own.hidden_dropout_prob, own.layerdrop, own.router_jitter_noise, own.inner[0].p, own.inner[1].p) == (0,) * 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_randomness_by_an_unknown_name_is_found(kind, files, monkeypatch):
+    def noisy(module, inputs, output):
+        return output + 0.1 * torch.rand(()) if module.training else output
+
+    for name in ("load_model", "load_scorer"):
+        for module in (policy, ppo, reward):
+            if (load := getattr(module, name, None)) is not None:
+
+                def loading(*inputs, load=load, **options):
+                    model = load(*inputs, **options)
+                    model.base_model.norm.register_forward_hook(noisy)
+                    return model
+
+                monkeypatch.setattr(module, name, loading)
+    with pytest.raises(InputError, match="gives other hidden states for the same tokens a second time") as raised:
+        run(kind, files, files / "run")
+    assert raised.value.field == "model"
 
 
 # ---- directories ----------------------------------------------------------------------------------------------------------------------------
@@ -386,16 +404,6 @@ def test_half_a_surrogate_pair(files):
     rewrite(files, lambda prompt: prompt + "\ud800")
     with pytest.raises(InputError, match=r"data\.jsonl:1: the prompt cannot be made into tokens"):
         run("grpo", files, files / "run")
-
-
-def test_mixtures_of_experts_that_want_their_own_loss(tmp_path):
-    config = MixtralConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2
-    )
-    config.output_router_logits = True
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="output_router_logits"):
-        load_model(str(tmp_path), torch.float32)
 
 
 # ---- settings and data ------------------------------------------------------------------------------------------------------------------------

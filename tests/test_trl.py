@@ -302,7 +302,10 @@ def test_a_deep_copy_scores_with_its_own_weights(task, tmp_path, lora):
 
     def scored(model):
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+            fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # an ordinary call
+        assert_accurate(rk.token_logprobs(logits[:, :-1], ids[:, 1:]), fused)
+        return fused
 
     with ours.enable(trainer):
         before = scored(trainer.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -65,13 +66,32 @@ class LastHidden(nn.Module):
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # by which accelerate finds the layers to shard
 
-    def forward(self, **inputs: Any) -> Tensor:
-        """The last hidden states for the arguments of the model's own forward."""
+    def body(self, **inputs: Any) -> Any:
+        """What the model without its head gives for the arguments of the model's own forward."""
         inner = unwrap(self.model)
         body = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
         if body is inner:  # as transformers 4 has it for GPT-2
             body = inner.base_model
-        return body(**inputs).last_hidden_state
+        return body(**inputs)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The last hidden states for the arguments of the model's own forward."""
+        return self.body(**inputs).last_hidden_state
+
+
+def load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The loss that keeps the experts of a mixture evenly used, as the model's own family defines it; not yet times ``router_aux_loss_coef``.
+
+    ``router_logits``: of the model's body, called with ``output_router_logits=True``. ``attention_mask [batch, time]``: 0 on padding.
+
+    Raises:
+        TypeError: for a model whose family has no such loss.
+    """
+    inner = unwrap(model)
+    function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    if function is None or not (hasattr(inner, "num_experts") and hasattr(inner, "num_experts_per_tok")):
+        raise TypeError(f"{type(inner).__name__} has no load-balancing loss that rlkern knows; expected a mixture of experts of transformers")
+    return function(router_logits, inner.num_experts, inner.num_experts_per_tok, attention_mask)
 
 
 def last_hidden_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Head]:

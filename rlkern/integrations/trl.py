@@ -22,7 +22,7 @@ from torch import Tensor
 
 import rlkern as rk
 
-from .transformers import head_of, unwrap
+from .transformers import head_of, load_balancing_loss, unwrap
 from .trl_patch import (
     VERSIONS,
     Patched,
@@ -102,16 +102,18 @@ def policy_loss_config(args: Any) -> rk.PolicyLossConfig:
 class _Forward:
     """A model's forward, ``make(model, before)``. A deep copy of the model gets one of its own, as it would get its own bound methods."""
 
-    def __init__(self, make: Callable[[Any, Any], Any], model: Any, before: Any) -> None:
-        self.make, self.model, self.before = make, model, before
+    def __init__(self, make: Callable[[Any, Any], Any], model: Any, before: Any, copied: bool = False) -> None:
+        self.make, self.model, self.before, self.copied = make, model, before, copied
         self.call = make(model, before)
         functools.update_wrapper(self, before, updated=())  # whose signature TRL and transformers read
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if self.copied and not options.get("fused_lm_head"):  # which TRL's forward, though copied, would pass on to the original model
+            return type(self.model).forward(self.model, *inputs, **options)
         return self.call(*inputs, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        return _Forward(self.make, copy.deepcopy(self.model, memo), copy.deepcopy(self.before, memo))
+        return _Forward(self.make, copy.deepcopy(self.model, memo), copy.deepcopy(self.before, memo), copied=True)
 
 
 class Enabled:
@@ -175,7 +177,7 @@ class Enabled:
             weight, bias = (None if x is None else rk.gather_parameter(x.to(precision)) for x in (head.weight, head.bias))
             scored = {**head._asdict(), "weight": weight, "bias": bias, "temperature": args.temperature}
             hidden = hidden.to(precision)
-            aux_loss = _load_balancing_loss(model, body, options) if options.get("output_router_logits") else None
+            aux_loss = load_balancing_loss(model, body.router_logits, options.get("attention_mask")) if options.get("output_router_logits") else None
             if objective is None:
                 logprobs, entropy = rk.linear_token_logprobs(hidden, ids=ids, rows=_rows(ids != -100), with_entropy=True, **scored)
                 return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, label_mask=ids != -100, aux_loss=aux_loss)
@@ -304,10 +306,3 @@ def _check_model(model: Any) -> None:
 def _rows(mask: Tensor) -> Tensor:
     """The positions that count: one synchronisation on a GPU, as in TRL."""
     return mask.flatten().nonzero().squeeze(1)
-
-
-def _load_balancing_loss(model: Any, body: Any, inputs: dict[str, Any]) -> Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    return load_balancing_loss_func(body.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask"))

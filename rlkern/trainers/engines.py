@@ -12,8 +12,9 @@ leave of it for sampling. Where an engine can only say something else, asking fo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -40,17 +41,25 @@ class Sampling:
     device: torch.device  #: of the process
     batch_size: int | None = None  #: completions sampled at once; None: all
     memory: float = 0.3  #: share of the device's memory for an engine with weights of its own
+    stop: list[str] = field(default_factory=list)  #: texts of which each ends a completion, with the token that completes it
+    tokenizer: Any = None  #: makes text of tokens
 
-    def generation_config(self) -> Any:
-        return transformers.GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.ends,
-            pad_token_id=self.pad,
-        )
+    def generation_config(self, temperature: float | None = None) -> Any:
+        """For transformers; with another temperature than ``self.temperature`` if one is given, 0 for the likeliest tokens."""
+        temperature = self.temperature if temperature is None else temperature
+        how = {"do_sample": True, "temperature": temperature, "top_k": self.top_k, "top_p": self.top_p} if temperature else {"do_sample": False}
+        return transformers.GenerationConfig(**how, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends, pad_token_id=self.pad)
+
+    def length(self, tokens: Sequence[int]) -> int | None:
+        """How many of these tokens a completion has, the one that ends it included; None where nothing ends it."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
+
+        def stopped(count: int) -> bool:
+            text = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            return any(stop in text for stop in self.stop)
+
+        last = len(tokens) if end is None else end
+        return bisect_left(range(last), True, key=stopped) if self.stop and stopped(last) else end
 
     def require_whole_vocabulary(self, engine: str) -> None:
         """InputError where log-probs after top-k and top-p would not be those of the whole vocabulary."""
@@ -78,8 +87,12 @@ class Engine(Protocol):
         """
         ...
 
-    def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
-        """A completion for each prompt, with ``max_new_tokens`` tokens where none of them ends it. The model is in eval mode."""
+    def sample(self, prompts: Sequence[list[int]], temperature: float | None = None) -> list[Sample]:
+        """A completion for each prompt, with ``max_new_tokens`` tokens where nothing ends it before. The model is in eval mode.
+
+        Tokens after one of the texts of ``Sampling.stop`` is complete may be there, and are cut off. ``temperature``: in evaluations with
+        ``eval_temperature``, and only there: this one in place of ``Sampling.temperature``, 0 for the likeliest tokens; log-probs are not wanted.
+        """
         ...
 
 
@@ -87,26 +100,46 @@ class FromPolicy:
     """What samples from the policy itself, by transformers."""
 
     def __init__(self, model: Any, sampling: Sampling):
-        self.model, self.sampling, self.config = model, sampling, sampling.generation_config()
+        self.model, self.sampling = model, sampling
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """The policy has them."""
 
 
 class Generate(FromPolicy):
-    def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
+    def sample(self, prompts: Sequence[list[int]], temperature: float | None = None) -> list[Sample]:
         ids, mask = pad_left(prompts, self.sampling.pad, self.sampling.device)
         size = self.sampling.batch_size or len(prompts)
-        return [sample for part in zip(ids.split(size), mask.split(size), strict=True) for sample in self._batch(*part)]
+        return [sample for part in zip(ids.split(size), mask.split(size), strict=True) for sample in self._batch(*part, temperature)]
 
-    def _batch(self, ids: Tensor, mask: Tensor) -> Iterator[Sample]:
-        taken = _TakenLogprobs(self.sampling.temperature) if self.sampling.logprobs else None
-        out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config, logits_processor=taken and [taken])
+    def _batch(self, ids: Tensor, mask: Tensor, temperature: float | None) -> Iterator[Sample]:
+        how = self.sampling
+        taken = _TakenLogprobs(how.temperature) if how.logprobs and temperature is None else None
+        stops = _Stops(how, ids.shape[1]) if how.stop else None
+        config = how.generation_config(temperature)
+        watching = {"logits_processor": taken and [taken], "stopping_criteria": stops and [stops]}
+        out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **watching)
         rows = out[:, ids.shape[1] :].tolist()
         logprobs = taken.finish(out).tolist() if taken else [None] * len(rows)
-        for tokens, each in zip(rows, logprobs, strict=True):
-            count = next((i + 1 for i, token in enumerate(tokens) if token in self.sampling.ends), len(tokens))
+        for i, (tokens, each) in enumerate(zip(rows, logprobs, strict=True)):
+            written = tokens[: stops.lengths.get(i)] if stops else tokens  # padding comes after a stop
+            count = how.length(written) or len(written)
             yield Sample(tokens[:count], each and each[:count])
+
+
+class _Stops(transformers.StoppingCriteria):
+    """Ends each row when the last of what was written to it holds one of the texts that stop it."""
+
+    def __init__(self, sampling: Sampling, prompt: int):
+        self.sampling, self.prompt = sampling, prompt
+        self.lengths: dict[int, int] = {}  #: of the rows that were stopped, in tokens
+        self.window = 8 + 4 * max(map(len, sampling.stop))  # tokens that surely hold such a text: a character may take four
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        for i, tokens in enumerate(input_ids[:, self.prompt :][:, -self.window :].tolist()):
+            if i not in self.lengths and self.sampling.length(tokens) is not None:
+                self.lengths[i] = input_ids.shape[1] - self.prompt
+        return torch.tensor([i in self.lengths for i in range(len(input_ids))], device=input_ids.device)
 
 
 class _TakenLogprobs(transformers.LogitsProcessor):
@@ -142,10 +175,10 @@ class Continuous(FromPolicy):
         sampling.require_whole_vocabulary("continuous batching")
         super().__init__(model, sampling)
 
-    def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
-        size = min(self.sampling.batch_size or len(prompts), len(prompts))
+    def sample(self, prompts: Sequence[list[int]], temperature: float | None = None) -> list[Sample]:
+        size, wanted = min(self.sampling.batch_size or len(prompts), len(prompts)), self.sampling.logprobs and temperature is None
         batching = transformers.ContinuousBatchingConfig(
-            return_logprobs=self.sampling.logprobs,
+            return_logprobs=wanted,
             seed=int(torch.randint(2**31, ())),
             max_requests_per_batch=size,
             # By default these follow the memory that happens to be free, and the samples with them.
@@ -155,7 +188,7 @@ class Continuous(FromPolicy):
             auto_switch_to_flash=self.model.dtype != torch.float32,  # which flash attention does not take
             disable_nccl_graph_mixing=False,  # would set an environment variable, for models divided among GPUs
         )
-        manager = self.model.init_continuous_batching(self.config, batching)
+        manager = self.model.init_continuous_batching(self.sampling.generation_config(temperature), batching)
         names = manager.add_requests(list(prompts))  # all before the start, so that batches do not depend on the threads' timing
         results: dict[str, Any] = {}
         try:
@@ -170,7 +203,7 @@ class Continuous(FromPolicy):
         finally:
             manager.stop(block=True)
             manager.destroy()
-        return [Sample(results[name].generated_tokens, results[name].logprobs) for name in names]
+        return [Sample(results[name].generated_tokens, results[name].logprobs if wanted else None) for name in names]
 
 
 def load_engine(spec: str, model: Any, sampling: Sampling) -> Engine:

@@ -49,9 +49,6 @@ class GRPOArguments(PolicyArguments):
     kl_estimator: str = option("k3", "estimator of the KL divergence in the loss", choices=("k1", "abs", "k2", "k3", "k1+", "k3+"))
     advantage_baseline: str = option("mean", "what is subtracted from a reward", choices=("mean", "leave-one-out", "length-weighted"))
     advantage_scale: str = option("group", "whose standard deviation divides it", choices=("group", "batch", "none"))
-    mask_truncated: bool = option(
-        False, "leave completions that max_new_tokens cut off out of the loss; their rewards count in their groups all the same"
-    )
     # Process supervision
     process_reward: str | None = option(None, "module:function or file.py:function that scores every step; advantages then come from these alone")
     step_separator: str = option("\n", "what ends a step of a completion")
@@ -101,7 +98,7 @@ class GRPO(PolicyRun):
             learners = [reward.function for reward in self.rewards if isinstance(reward.function, RewardModel)]
             if len(learners) != 1:
                 raise InputError(f"a judge teaches the one reward model of reward, which names {len(learners)}", field="judge")
-            judge = load_rewards(args.judge, kinds, device=self.device, batch_size=args.micro_batch_size, field="judge")
+            judge = self.load_rewards(args.judge, kinds, field="judge")
             self.online = OnlineRewardModel(learners[0], judge, learning_rate=args.judge_learning_rate, replay=args.judge_replay)
         if args.refresh_every:
             if self.sharded:
@@ -181,7 +178,7 @@ class GRPO(PolicyRun):
                             normalizer=normalizer,
                             config=config,
                         )
-                        accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+                        self.backward(out.loss, len(part) / sum(map(len, parts)))
                     self.watch_ratio(out.logprobs, None if old is None else old[part], learned.mask[part])
                     losses.append(out.loss.detach())
                     sums.append(torch.stack([out.metrics[name] for name in METRICS]) * tokens[part].sum())
@@ -196,7 +193,7 @@ class GRPO(PolicyRun):
         numbers |= {name: total / (max(1, totals[-1]) * args.epochs) for name, total in zip(METRICS, totals, strict=False)}
         if ref is None:
             del numbers["kl"]
-        numbers |= mismatch | self.first_ratio(step)
+        numbers |= mismatch | self.first_ratio(step) | self.balance_of(updates)
         if args.refresh_every and (step + 1) % args.refresh_every == 0:
             numbers |= self.refresh(rows, texts)
         return numbers | {"loss": totals[-2] / updates, "grad_norm": torch.stack(norms).mean().item(), "learning_rate": learning_rate}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlkern.integrations.transformers import LastHidden
+from rlkern.trainers.arguments import nearest
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.rollout import fitting_pad, vocabulary_of
 
@@ -19,21 +23,31 @@ from rlkern.trainers.rollout import fitting_pad, vocabulary_of
 LANGUAGE_HEADS = ("lm_head.", "embed_out.", "output.", "cls.")
 
 
-def load_tokenizer(name: str, *, field: str = "model") -> Any:
-    """The tokenizer of that path or name; ``field`` is the setting that named it."""
-    return _load(AutoTokenizer, name, field)
+def load_tokenizer(name: str, *, field: str = "model", template_options: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of that path or name, whose chat template gets these options; ``field`` is the setting that named it."""
+    tokenizer = _load(AutoTokenizer, name, field)
+    if template_options:
+        if field == "model":
+            _check_template(tokenizer, template_options)
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **template_options)
+    return tokenizer
+
+
+def _check_template(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """InputError where the chat template would not look at an option: it says nothing of those that it does not know."""
+    words = re.findall(r"\w+", str(tokenizer.chat_template or ""))
+    for name in options:
+        if name not in words:
+            near = nearest(name, []) if not words else nearest(name, set(words))
+            raise InputError(
+                f"the tokenizer's chat template {'does not look at' if words else 'is missing, for'} {name!r}{near}", field="template_options"
+            )
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
     """The causal language model of that path or name, without dropout: a policy's ratio must come from its weights alone."""
     model, info = _load(AutoModelForCausalLM, name, "model", dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_weights(name, "model", info)
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise InputError(
-            f"{name} asks for a load-balancing loss of its experts (output_router_logits), which is no part of these trainers: set it to false "
-            "in its config.json to train without",
-            field="model",
-        )
     return without_dropout(model)
 
 
@@ -83,6 +97,19 @@ def without_dropout(model: Any) -> Any:
             if holds_a_rate(name, value):
                 setattr(config, name, 0.0)
     return model
+
+
+@torch.no_grad()
+def check_settled(model: Any, *, field: str) -> None:
+    """InputError where the same tokens give other hidden states a second time, in the model's mode: by dropout under an unknown name, say."""
+    ids = torch.arange(4, device=model.device).remainder(vocabulary_of(model))[None]
+    first, second = (LastHidden(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).float() for _ in range(2))
+    if (first - second).abs().max() > 0.01 * first.abs().max():  # kernels that add in any order differ by far less
+        raise InputError(
+            f"{type(model).__name__} gives other hidden states for the same tokens a second time: something in it is random, "
+            "and the ratio of a policy to itself would not be 1",
+            field=field,
+        )
 
 
 def _configs(model: Any) -> list[Any]:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 import rlkern as rk
 from rlkern.integrations.transformers import LastHidden, head_of
 from rlkern.trainers import tutorial
-from rlkern.trainers.data import Row, batch_at, read_jsonl, split
+from rlkern.trainers.data import Row, batch_at, drop_long, read_jsonl, split
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.experts import ask_again, last_hidden
 from rlkern.trainers.loading import load_model, load_tokenizer
 from rlkern.trainers.rewards import Reward, load_rewards, total
 from rlkern.trainers.rollout import Completions, Sampler
@@ -55,14 +56,17 @@ class PolicyRun(Run):
 
         self.rows, self.held_out = split(read_jsonl, args)
         kinds = [*self.rows[:1], *self.held_out[:1]]
-        load = partial(load_rewards, rows=kinds, device=self.device, batch_size=args.micro_batch_size)
-        self.rewards = load(args.reward)
-        self.eval_rewards = load(args.eval_reward, field="eval_reward") or self.rewards
+        self.rewards = self.load_rewards(args.reward, kinds)
+        self.eval_rewards = self.load_rewards(args.eval_reward, kinds, field="eval_reward") or self.rewards
 
         self.model = load_model(args.model, getattr(torch, args.dtype))
+        self.hidden = last_hidden(self.model, args.model)
         self.shell = Shell(self.model, self.device) if self.sharded else None
-        self.sample = Sampler(self.model if self.shell is None else self.shell.model, load_tokenizer(args.model), args, self.device)
+        tokenizer = load_tokenizer(args.model, template_options=args.options_of_template())
+        self.sample = Sampler(self.model if self.shell is None else self.shell.model, tokenizer, args, self.device)
         # A prompt that cannot be used is an error now, not in the step that draws it.
+        most = args.max_prompt_tokens
+        (self.rows, self.held_out), self.left_out = drop_long((self.rows, self.held_out), self.sample.prompt, most, field="max_prompt_tokens")
         longest = max(len(self.sample.tokens(row)) for row in (*self.rows, *self.held_out))
         self.ready(self.model)
         self.reference: LastHidden | None = None
@@ -76,10 +80,17 @@ class PolicyRun(Run):
             else:
                 self.reference.to(self.device)
         optimizer = self.adamw(self.model, args.learning_rate)
-        self.policy, self.optimizer = self.accelerator.prepare(LastHidden(self.model), optimizer)
+        self.policy, self.optimizer = self.accelerator.prepare(self.hidden, optimizer)
         self.sample.start(longest)
         self.ratio_deviation: torch.Tensor | None = None  # see watch_ratio
         self.recorded = False  # see record
+        self.balance: torch.Tensor | None = None  # see backward
+        self.balances: list[torch.Tensor] = []
+
+    def load_rewards(self, specs: Sequence[str], rows: Sequence[Row], *, field: str = "reward") -> list[Reward]:
+        """The rewards that a setting names."""
+        options = self.args.options_of_template()
+        return load_rewards(specs, rows, device=self.device, batch_size=self.args.micro_batch_size, template_options=options, field=field)
 
     def rollout(self, step: int) -> tuple[list[Row], Completions, list[str]]:
         """This process's share of the prompts of a step, ``samples_per_prompt`` rows each, and a completion of every row."""
@@ -110,6 +121,8 @@ class PolicyRun(Run):
         """What the functions from hidden states take: the states that predict the completions' tokens, these tokens, and the model's head."""
         new = batch.mask.shape[1]
         hidden = model(**self.inputs(batch))
+        if isinstance(hidden, tuple):  # of a mixture of experts
+            hidden, self.balance = hidden
         head = head_of(model)
         parts = [head.weight, head.bias]
         if self.args.mixed_precision != "no":  # as autocast has it for the layers before
@@ -119,6 +132,24 @@ class PolicyRun(Run):
         # The state at one position predicts the token at the next.
         tokens = {"hidden": hidden[:, -new - 1 : -1], "ids": batch.ids[:, -new:], "mask": batch.mask}
         return {**tokens, "temperature": self.args.temperature, **head._asdict(), "weight": weight, "bias": bias}
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Add the gradients of a loss to the model's, and those of the load-balancing loss of the pass that it comes from, if there is one.
+
+        That counts by the pass's ``share`` of this process's minibatch.
+        """
+        if self.balance is not None:
+            balance, self.balance = self.balance * (share * self.weight), None
+            self.balances.append(balance.detach())
+            loss = loss + balance
+        self.accelerator.backward(loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+
+    def balance_of(self, updates: int) -> dict[str, float]:
+        """What to report of these losses: their mean over the step's updates."""
+        if not self.balances:
+            return {}
+        total, self.balances = torch.stack(self.balances).sum(), []
+        return {"load_balancing_loss": self.accelerator.reduce(total, "sum").item() / updates}
 
     @torch.no_grad()
     def frozen(self, function: Callable[[Completions], Tensor], batch: Completions) -> Tensor:
@@ -153,7 +184,7 @@ class PolicyRun(Run):
         weights = weigh(low=args.correction_low, high=args.correction_high, outside="zero" if args.rollout_correction == "mask" else "clamp")
         kl = rk.kl_penalty(sampled, old, "k3", mask=mask)  # of the engine's distribution from the policy's
         sums = self.accelerator.reduce(torch.stack([kl.sum(), (weights != ratio).sum(), mask.sum()]), "sum")
-        numbers = dict(zip(("mismatch_kl", "mismatch_outside"), (sums / sums[-1]).tolist(), strict=False))
+        numbers = dict(zip(("mismatch_kl", "mismatch_outside"), (sums / sums[-1].clamp(min=1)).tolist(), strict=False))
         numbers["mismatch_ratio_max"] = self.accelerator.gather(ratio.max()).max().item()
         if args.rollout_correction == "none":
             return None, numbers
@@ -183,6 +214,7 @@ class PolicyRun(Run):
         """Mean and variance of ``x`` over the mask, in all processes."""
         x, live = x.double(), mask != 0
         count, total = self.accelerator.reduce(torch.stack([live.sum(), x.where(live, 0.0).sum()]), "sum").tolist()
+        count = max(1, count)
         deviations = (x - total / count).square().where(live, 0.0)
         return total / count, self.accelerator.reduce(deviations.sum(), "sum").item() / count
 
@@ -211,9 +243,9 @@ class PolicyRun(Run):
             return {}
         seed_all(self.args.seed, "evaluation", self.rank)
         rows = [row for row in self.held_out[self.rank :: self.world] for _ in range(self.args.eval_samples)]
-        size = self.args.prompts_per_step * self.args.samples_per_prompt
+        size, temperature = self.args.prompts_per_step * self.args.samples_per_prompt, self.args.eval_temperature
         with self.sampling():
-            texts = [text for i in range(0, len(rows), size) for text in self.sample(rows[i : i + size])[1]]
+            texts = [text for i in range(0, len(rows), size) for text in self.sample(rows[i : i + size], temperature)[1]]
         rewards = self.total_rewards(self.eval_rewards, rows, texts)[0]
         right = rewards >= self.args.success_reward
         sums = self.accelerator.reduce(torch.stack([rewards.sum(), right.sum(), torch.ones_like(rewards).sum()]), "sum")
@@ -229,10 +261,12 @@ class PolicyRun(Run):
         return f"mean reward {figures['reward']:.3f}, accuracy {figures['accuracy']:.1%}"
 
     def introduction(self) -> str:
-        return f"{len(self.rows)} prompts to train on, {len(self.held_out)} held out; {self.size_of(self.model)}"
+        counts = f"{len(self.rows)} prompts to train on, {len(self.held_out)} held out"
+        return f"{counts}{self.left_out}; {self.size_of(self.model)}"
 
     def save(self) -> None:
         self.model.generation_config = self.sample.defaults
+        ask_again(self.hidden)
         self.save_pretrained(self.model, self.sample.tokenizer, "model")
 
     def plot(self, rows: list[dict[str, Any]]) -> Path:

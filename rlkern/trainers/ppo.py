@@ -141,7 +141,7 @@ class PPO(PolicyRun):
             if args.critic:
                 self.check_critic(model, args.critic)
             critic = Critic(model, source)
-            self.ready(model)
+            self.ready(model, field="critic" if args.critic else "model")
             optimizer = self.adamw(critic, args.critic_learning_rate or args.learning_rate)
             self.critic, self.critic_optimizer = self.accelerator.prepare(critic, optimizer)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -188,8 +188,11 @@ class PPO(PolicyRun):
             advantages = rk.whiten(advantages, mask, process_group=self.everyone)
         return Experience(batch, old, values, advantages, returns), rk.kl_penalty(old, ref, args.kl_estimator, mask=mask)
 
-    def losses(self, now: Experience, tokens: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the gradients of the policy's and the critic's loss to theirs; both losses, and metrics summed over the tokens."""
+    def losses(self, now: Experience, tokens: Tensor, normalizer: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Add the gradients of the policy's and the critic's loss to theirs; both losses, and metrics summed over the tokens.
+
+        ``share``: of this process's minibatch.
+        """
         out = rk.fused_linear_policy_loss(
             **self.scored(self.policy, now.batch),
             old_logprobs=now.old,
@@ -198,13 +201,13 @@ class PPO(PolicyRun):
             normalizer=normalizer,
             config=self.args.loss_config(),
         )
-        self.accelerator.backward(out.loss * self.world)  # data parallelism averages the processes' gradients; their sum is meant
+        self.backward(out.loss, share)
         self.watch_ratio(out.logprobs, now.old, now.batch.mask)
         losses, metrics = [out.loss.detach()], [out.metrics[name] for name in POLICY_METRICS]
         if self.critic is not None:
             values = self.values(now.batch)[:, :-1]
             fit = rk.value_loss(values, now.values, now.returns, mask=now.batch.mask, clip_range=self.args.value_clip, normalizer=tokens)
-            self.accelerator.backward(fit.loss * self.world)
+            self.backward(fit.loss, share)
             losses.append(fit.loss.detach())
             metrics.append(fit.metrics["clip_fraction"])
         return torch.stack(losses), torch.stack(metrics) * now.batch.mask.sum()
@@ -224,6 +227,9 @@ class PPO(PolicyRun):
         self.record(step, rows, texts, rewards, ended)
 
         # 2. Compare each token with what the critic expected.
+        if args.mask_truncated:
+            batch = batch._replace(mask=batch.mask * ended[:, None])
+        tokens_of = batch.mask.sum(1)
         experience, kl = self.experience(batch, rewards)
         weights, mismatch = self.mismatch(batch, experience.old)
         experience = experience._replace(weights=weights)
@@ -234,14 +240,14 @@ class PPO(PolicyRun):
         norms: dict[str, list[Tensor]] = {name: [] for name in trained}
         for _ in range(args.epochs):
             for parts in self.minibatches(len(rows)):
-                minibatch = lengths[torch.cat(parts)]
+                minibatch = tokens_of[torch.cat(parts)]
                 tokens = self.normalizer(minibatch, "token-mean")
                 normalizer = self.normalizer(minibatch, args.loss_config().aggregation)
                 for part in parts:
                     with ExitStack() as stack:
                         for model, _ in trained.values() if part is not parts[-1] else ():
                             stack.enter_context(accelerator.no_sync(model))
-                        loss, metrics = self.losses(experience.rows(part), tokens, normalizer)
+                        loss, metrics = self.losses(experience.rows(part), tokens, normalizer, len(part) / len(minibatch))
                     losses.append(loss)
                     sums.append(metrics)
                 for name, norm in zip(trained, self.descend(*trained.values()), strict=True):
@@ -258,14 +264,15 @@ class PPO(PolicyRun):
         if self.reference is not None:
             numbers["kl"] = self.moments(kl, batch.mask)[0]
         updates = args.epochs * args.minibatches
-        totals = accelerator.reduce(torch.stack(sums).sum(0) / accelerator.reduce(lengths.sum() * args.epochs, "sum"), "sum").tolist()
+        totals = accelerator.reduce(torch.stack(sums).sum(0) / accelerator.reduce(tokens_of.sum() * args.epochs, "sum").clamp(min=1), "sum").tolist()
         numbers |= dict(zip((*POLICY_METRICS, "value_clip_fraction"), totals, strict=False))
         numbers |= dict(zip(("loss", "value_loss"), (accelerator.reduce(torch.stack(losses).sum(0), "sum") / updates).tolist(), strict=False))
         numbers |= {name: torch.stack(of).mean().item() for name, of in norms.items()}
-        numbers |= mismatch | self.first_ratio(step) | {"kl_coef": self.kl.coef, "learning_rate": learning_rate}
-        if self.reference is not None:
+        numbers |= mismatch | self.first_ratio(step) | self.balance_of(updates) | {"kl_coef": self.kl.coef, "learning_rate": learning_rate}
+        unseen = args.mask_truncated and numbers["truncated"] == 1
+        if self.reference is not None and not unseen:
             self.kl.update(numbers["kl"], args.prompts_per_step * args.samples_per_prompt)
-        if numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score":
+        if unseen or (numbers["truncated"] == 1 and self.critic is not None and args.truncated != "score"):
             tqdm.write(f"step {step + 1}: every completion was cut off at max_new_tokens, so that no reward was learned from")
         return numbers
 

@@ -27,11 +27,11 @@ from tqdm import tqdm
 import rlkern as rk
 from rlkern.trainers import runs, tutorial
 from rlkern.trainers.arguments import option
-from rlkern.trainers.data import Preference, Row, batch_at, read_preferences, split
+from rlkern.trainers.data import Preference, Row, batch_at, drop_long, read_preferences, split
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.loading import load_scorer, load_tokenizer
 from rlkern.trainers.rewards import Reward, RewardModel, total
-from rlkern.trainers.rollout import answer_tokens, scores
+from rlkern.trainers.rollout import answer_tokens, check_length, joined_tokens, scores
 from rlkern.trainers.settings import RunArguments
 
 
@@ -44,10 +44,12 @@ class RewardArguments(RunArguments):
     steps: int = option(500, "training steps; each learns from one batch of prompts")
     prompts_per_step: int = option(32, "prompts with their answers a step, over all processes")
     learning_rate: float = option(1e-5, "of AdamW, at its peak")
+    max_tokens: int | None = option(None, "longest prompt with an answer: rows with a longer one are left out, and their number is said")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("at least 1", lambda x: x >= 1, "prompts_per_step")
+        self.require("at least 1", lambda x: x is None or x >= 1, "max_tokens")
         self.all_or_none("model", "data")
 
 
@@ -71,11 +73,17 @@ class RewardRun(runs.Run):
         if self.held_out and len(self.held_out[0].answers) != len(self.rows[0].answers):
             first, other = self.rows[0], self.held_out[0]
             raise InputError(f"{other.place} has {len(other.answers)} answers, but {first.place} has {len(first.answers)}", field="eval_data")
-        self.tokenizer = load_tokenizer(args.model)
+        self.tokenizer = load_tokenizer(args.model, template_options=args.options_of_template())
         self.model = load_scorer(args.model, getattr(torch, args.dtype), self.tokenizer)
         self.tokens: dict[str, list[list[int]]] = {}  # of each row, by its place: every answer, the best first, with the prompt before it
         for row in (*self.rows, *self.held_out):
-            self.tokens[row.place] = [answer_tokens(self.model, self.tokenizer, row.prompt, answer, row.place) for answer in row.answers]
+            self.tokens[row.place] = [joined_tokens(self.model, self.tokenizer, *answer, row.place) for answer in row.answers]
+        (self.rows, self.held_out), self.left_out = drop_long(
+            (self.rows, self.held_out), lambda row: max(self.tokens[row.place], key=len), args.max_tokens, field="max_tokens"
+        )
+        for row in (*self.rows, *self.held_out):
+            for answer, tokens in zip(row.answers, self.tokens[row.place], strict=True):
+                check_length(self.model, tokens, answer.text, row.place)
         self.ready(self.model)
         optimizer = self.adamw(self.model, args.learning_rate)
         self.scorer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -137,7 +145,7 @@ class RewardRun(runs.Run):
 
     def introduction(self) -> str:
         counts = f"{len(self.rows)} preferences to train on, {len(self.held_out)} held out"
-        return f"{counts}, {len(self.rows[0].answers)} answers each; {self.size_of(self.model)}"
+        return f"{counts}, {len(self.rows[0].answers)} answers each{self.left_out}; {self.size_of(self.model)}"
 
     def save(self) -> None:
         self.save_pretrained(self.model, self.tokenizer, "model")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,10 @@ class Reward(NamedTuple):
 class RewardModel:
     """A sequence-classification model with one output as a reward function: its score of each prompt and completion."""
 
-    def __init__(self, name: str, device: torch.device, *, field: str, batch_size: int | None = None):
-        self.tokenizer = load_tokenizer(name, field=field)
+    def __init__(
+        self, name: str, device: torch.device, *, field: str, batch_size: int | None = None, template_options: Mapping[str, Any] | None = None
+    ):
+        self.tokenizer = load_tokenizer(name, field=field, template_options=template_options)
         self.model = load_scorer(name, torch.float32, self.tokenizer, field=field, trained=True).to(device).eval().requires_grad_(False)
         self.device, self.batch_size = device, batch_size
 
@@ -55,12 +57,18 @@ class RewardModel:
 
 
 def load_rewards(
-    specs: Iterable[str], rows: Sequence[Row], *, device: torch.device = _CPU, batch_size: int | None = None, field: str = "reward"
+    specs: Iterable[str],
+    rows: Sequence[Row],
+    *,
+    device: torch.device = _CPU,
+    batch_size: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    field: str = "reward",
 ) -> list[Reward]:
     """The functions named by ``module:function``, ``package.module:function=weight`` or ``path/to/file.py:function``, and reward models.
 
     ``rows`` are a row of each data file: a function that asks for a field which the data lack is refused here, not an hour later. Reward models run
-    on ``device``, ``batch_size`` completions at a time. ``field`` is the setting that holds ``specs``.
+    on ``device``, ``batch_size`` completions at a time, with these options for their chat templates. ``field`` is the setting that holds ``specs``.
     """
     rewards: list[Reward] = []
     for spec in specs:
@@ -73,7 +81,7 @@ def load_rewards(
             raise InputError(f"{spec!r}: the weight must be a number, got {weight_text!r}", field=field)
         function: Callable[..., Any]
         if directory:
-            function = RewardModel(directory, device, field=field, batch_size=batch_size)
+            function = RewardModel(directory, device, field=field, batch_size=batch_size, template_options=template_options)
         elif where and name:
             function = load_named(spec, where, name, kind="function", field=field)
         else:

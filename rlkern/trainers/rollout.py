@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlkern.integrations.transformers import unwrap
-from rlkern.trainers.data import Row
+from rlkern.trainers.data import Prompt, Row
 from rlkern.trainers.engines import Engine, Sample, Sampling, load_engine, pad_left
 from rlkern.trainers.errors import InputError
 from rlkern.trainers.settings import PolicyArguments
@@ -43,14 +44,20 @@ class Sampler:
 
     def __init__(self, model: Any, tokenizer: Any, args: PolicyArguments, device: torch.device):
         self.model, self.tokenizer, self.args, self.device, self.max_new_tokens = model, tokenizer, args, device, args.max_new_tokens
-        self._tokens: dict[str, list[int]] = {}  # of each prompt, by its place
+        self._prompts: dict[str, list[int]] = {}  # tokens of each, by its place
         self.defaults = model.generation_config
         ends = self.defaults.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         if not self.defaults.do_sample and any(getattr(self.defaults, name, None) not in (None, *neutral) for name, neutral in SAMPLED.items()):
             self.defaults.do_sample = True  # which these settings mean; transformers 4 would refuse to save the model without
         self.vocabulary = vocabulary_of(model)
-        self.ends = sorted(end for end in {*ends, tokenizer.eos_token_id} - {None} if end < self.vocabulary)
+        added = tokenizer.get_added_vocab()
+        self.stop = [text for text in args.stop if text not in added]
+        stops = [added[text] for text in args.stop if text in added]
+        for text in args.stop:
+            if added.get(text, 0) >= self.vocabulary:
+                raise InputError(f"{text!r} is token {added[text]}, beyond the model's vocabulary of {self.vocabulary}", field="stop")
+        self.ends = sorted(end for end in {*ends, *stops, tokenizer.eos_token_id} - {None} if end < self.vocabulary)
         if not self.ends:
             raise InputError("neither the tokenizer nor the model has an end-of-sequence token that the model knows", field="model")
         self.pad = fitting_pad(tokenizer, self.vocabulary, self.ends[0])
@@ -70,26 +77,36 @@ class Sampler:
             batch_size=args.rollout_batch_size,
             memory=args.engine_memory,
             device=self.device,
+            stop=self.stop,
+            tokenizer=self.tokenizer,
         )
         self.model.generation_config = self.sampling.generation_config()
         self.engine = load_engine(args.engine, self.model, self.sampling)
+        if args.eval_temperature is not None and "temperature" not in inspect.signature(self.engine.sample).parameters:
+            raise InputError(f"the engine {args.engine} takes no temperature in sample(prompts, temperature=None)", field="eval_temperature")
+
+    def prompt(self, row: Row) -> list[int]:
+        """The prompt as token ids that the model knows; made once for each row of the files."""
+        if row.place not in self._prompts:
+            self._prompts[row.place] = prompt_tokens(self.tokenizer, row.prompt, row.place)
+            check_fit(self._prompts[row.place], self.vocabulary, self.tokenizer, row.place)
+        return self._prompts[row.place]
 
     def tokens(self, row: Row) -> list[int]:
-        """The prompt as token ids, short enough for the model to answer it; made once for each row of the files."""
-        if (known := self._tokens.get(row.place)) is not None:
-            return known
-        ids = prompt_tokens(self.tokenizer, row.prompt, row.place)
-        check_fit(ids, self.vocabulary, self.tokenizer, row.place)
-        longest = positions_of(self.model)
+        """The prompt as token ids, short enough for the model to answer it."""
+        ids, longest = self.prompt(row), positions_of(self.model)
         if longest is not None and len(ids) + self.max_new_tokens > longest:
-            raise InputError(f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}")
-        self._tokens[row.place] = ids
+            raise InputError(
+                f"{row.place}: the prompt's {len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's {longest}; "
+                "max_prompt_tokens leaves longer prompts out"
+            )
         return ids
 
     def ended(self, batch: Completions) -> Tensor:
         """Which completions ended by themselves, [N]; the others were cut off at ``max_new_tokens``."""
         new = batch.ids[:, -batch.mask.shape[1] :]
-        return torch.isin(new, torch.tensor(self.ends, device=new.device)).any(1)
+        written = [row[mask.bool()].tolist() for row, mask in zip(new, batch.mask, strict=True)]
+        return torch.tensor([self.sampling.length(tokens) is not None for tokens in written], device=new.device)
 
     def step_ends(self, ids: Tensor, mask: Tensor, steps: Sequence[str]) -> list[int]:
         """The position in a completion, of one row of :class:`Completions`, of the token with which each of the steps of its text ends."""
@@ -102,18 +119,19 @@ class Sampler:
         return [*ends[:-1], len(tokens) - 1]  # the last step has the end of the sequence too
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row]) -> tuple[Completions, list[str]]:
-        """One completion for each row, as tokens and as text."""
+    def __call__(self, rows: Sequence[Row], temperature: float | None = None) -> tuple[Completions, list[str]]:
+        """One completion for each row, as tokens and as text; at another temperature than in training if one is given, and then without log-probs."""
         prompts = [self.tokens(row) for row in rows]
         self.model.eval()  # gradient checkpointing would switch off the cache of keys and values
-        samples = self.engine.sample(prompts)
+        samples = self.engine.sample(prompts) if temperature is None else self.engine.sample(prompts, temperature=temperature)
         self.model.train()
-        self._check(samples, len(prompts))
+        with_logprobs = self.sampling.logprobs and temperature is None
+        samples = self._checked(samples, len(prompts), with_logprobs)
         ids, prompt_mask = pad_left(prompts, self.pad, self.device)
         longest = max(len(tokens) for tokens, _ in samples)
         new = torch.tensor([tokens + [self.pad] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
         logprobs = None
-        if self.sampling.logprobs:
+        if with_logprobs:
             logprobs = torch.tensor([each + [0.0] * (longest - len(each)) for _, each in samples if each is not None], device=ids.device)
         mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in samples], device=ids.device)
         # Not all ends are special tokens of the tokenizer's.
@@ -121,21 +139,25 @@ class Sampler:
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return Completions(torch.cat([ids, new], 1), torch.cat([prompt_mask, mask], 1), mask, logprobs), texts
 
-    def _check(self, samples: Sequence[Sample], count: int) -> None:
-        """InputError where the engine did not keep to the protocol."""
+    def _checked(self, samples: Sequence[Sample], count: int, with_logprobs: bool) -> list[Sample]:
+        """The samples, without what comes after a text that stops them. InputError where the engine did not keep to the protocol."""
         if len(samples) != count:
             raise InputError(f"the engine gave {len(samples)} completions for {count} prompts", field="engine")
+        checked = []
         for tokens, logprobs in samples:
-            end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), self.max_new_tokens)
-            if len(tokens) != end:
-                wanted = f"{self.max_new_tokens} tokens, or up to the first of {self.ends}, included"
+            end = self.sampling.length(tokens) or self.max_new_tokens
+            if len(tokens) < end or any(token in self.ends for token in tokens[:-1]) or len(tokens) > self.max_new_tokens:
+                wanted = f"{self.max_new_tokens} tokens, or up to the first of {self.ends}, included" + (f", or of {self.stop}" if self.stop else "")
                 raise InputError(f"the engine gave the completion {tokens}; expected {wanted}", field="engine")
-            if self.sampling.logprobs and (logprobs is None or len(logprobs) != end or not all(map(math.isfinite, logprobs))):
+            if with_logprobs and (logprobs is None or len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs))):
                 raise InputError(f"the engine gave the log-probs {logprobs} for the tokens {tokens}; expected a finite one for each", field="engine")
+            checked.append(Sample(tokens[:end], logprobs and logprobs[:end]))
+        return checked
 
 
-def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str) -> list[int]:
-    """A prompt as token ids; a conversation through the tokenizer's chat template.
+def prompt_tokens(tokenizer: Any, prompt: Prompt, place: str) -> list[int]:
+    """A prompt as token ids; a conversation through the tokenizer's chat template: what is to follow answers it, or goes on with the assistant's last
+    message.
 
     With one beginning of the sequence, also where the text has it and the tokenizer puts another before it; and no end that the text does not have.
     """
@@ -145,7 +167,8 @@ def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], place: str
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            goes_on = prompt[-1]["role"] == "assistant"
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:  # a template raises what it likes
         how = "made into tokens" if isinstance(prompt, str) else "rendered by the chat template"
@@ -185,8 +208,22 @@ def check_fit(ids: Sequence[int], vocabulary: int, tokenizer: Any, place: str) -
         )
 
 
-def answer_tokens(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], answer: str, place: str) -> list[int]:
+def answer_tokens(model: Any, tokenizer: Any, prompt: Prompt, answer: str, place: str) -> list[int]:
     """A prompt and an answer to it as a reward model reads them: ended by the end-of-sequence token, if there is one. InputError where it cannot."""
+    ids = joined_tokens(model, tokenizer, prompt, answer, place)
+    check_length(model, ids, answer, place)
+    return ids
+
+
+def check_length(model: Any, ids: Sequence[int], answer: str, place: str) -> None:
+    """InputError where a prompt and an answer are more tokens than the model reads."""
+    longest = positions_of(model)
+    if longest is not None and len(ids) > longest:
+        raise InputError(f"{place}: prompt and answer {answer[:30]!r} are {len(ids)} tokens, more than the model's {longest}")
+
+
+def joined_tokens(model: Any, tokenizer: Any, prompt: Prompt, answer: str, place: str) -> list[int]:
+    """The same, of any length."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -194,9 +231,6 @@ def answer_tokens(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]]
         raise InputError(f"{place}: answer {answer[:30]!r} cannot be made into tokens: {type(error).__name__}: {error}") from error
     ids = prompt_tokens(tokenizer, prompt, place) + answered + end
     check_fit(ids, vocabulary_of(model), tokenizer, place)
-    longest = positions_of(model)
-    if longest is not None and len(ids) > longest:
-        raise InputError(f"{place}: prompt and answer {answer[:30]!r} are {len(ids)} tokens, more than the model's {longest}")
     return ids
 
 

@@ -40,6 +40,7 @@ from rlkern.trainers.cards import Subject, write_card
 from rlkern.trainers.checkpoints import Checkpoints, Interruption
 from rlkern.trainers.directories import check_apart, give_back, run_directory, store_settings, stored_settings, write_json
 from rlkern.trainers.errors import InputError
+from rlkern.trainers.loading import check_settled
 from rlkern.trainers.lora import Adapter, check_lora
 from rlkern.trainers.settings import RunArguments
 from rlkern.trainers.sharding import launched_as, shards_models, whole_state
@@ -177,14 +178,17 @@ class Run(ABC):
             raise result
         return result
 
-    def ready(self, model: Any) -> Any:
-        """A model made ready to be trained as the settings have it; it has no dropout."""
+    def ready(self, model: Any, *, field: str = "model") -> Any:
+        """A model made ready to be trained as the settings have it; it has no dropout, which is tried out. ``field``: the setting that named it."""
         if self.args.lora_rank:
             seed_all(self.args.seed, "adapter", len(self.adapters))
             self.adapters[model] = Adapter(model, self.args)
         if self.args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # the other form learns nothing behind frozen embeddings
-        return model.train()  # without which there is no checkpointing
+        model.train()  # without which there is no checkpointing
+        if not self.sharded:  # where it has no place yet that could hold it
+            check_settled(model.to(self.device), field=field)
+        return model
 
     @staticmethod
     def size_of(model: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class RunArguments:
     model: str | None = option(None, "model to train: a directory or a name on the hub")
     data: str | None = option(None, "JSON lines to train on")
     prompt_field: str = option("prompt", "field of the data that holds the prompt: text, or a list of chat messages")
+    template_options: list[str] = option([], "name=value for the chat template, enable_thinking=false, say; values are JSON, else text")  # noqa: RUF009
     eval_data: str | None = option(None, "JSON lines of held-out prompts")
     eval_fraction: float = option(0.1, "without eval_data: share of the prompts that is held out of training")
     output_dir: str | None = option(None, "directory of the run; by default the next free runs/<command>-N")
@@ -63,6 +65,7 @@ class RunArguments:
         self.require("above 0 and below 1", lambda x: 0 < x < 1, "adam_beta2")
         self.require("above 0", lambda x: x is None or 0 < x < math.inf, "lora_alpha")
         self.require("one name or more", bool, "lora_targets")
+        self.options_of_template()  # checks them
         if self.lora_rank is None and (self.lora_alpha, self.lora_targets, self.lora_save) != (None, ["all-linear"], "adapter"):
             raise InputError("must be set for the other settings of LoRA to act", field="lora_rank")
 
@@ -71,6 +74,19 @@ class RunArguments:
         for name in names:
             if not holds(getattr(self, name)):
                 raise InputError(f"must be {wanted}, got {getattr(self, name)}", field=name)
+
+    def options_of_template(self) -> dict[str, Any]:
+        """What the chat template gets besides the messages."""
+        options = {}
+        for text in self.template_options:
+            name, equals, value = text.partition("=")
+            if not (equals and name.isidentifier()) or name in ("add_generation_prompt", "continue_final_message", "tokenize"):
+                raise InputError(f"expected name=value with a name that the trainer does not set itself, got {text!r}", field="template_options")
+            try:
+                options[name] = json.loads(value)
+            except json.JSONDecodeError:
+                options[name] = value
+        return options
 
     def all_or_none(self, *names: str) -> None:
         """InputError where some of these are given and some are not: the built-in task sets them all."""
@@ -99,6 +115,9 @@ class PolicyArguments(RunArguments):
     prompts_per_step: int = option(32, "prompts a step, over all processes")
     samples_per_prompt: int = option(8, "completions a prompt: the group")
     max_new_tokens: int = option(256, "longest completion")
+    max_prompt_tokens: int | None = option(None, "longest prompt: longer ones are left out, and their number is said; by default none is")
+    stop: list[str] = option([], "texts, or tokens of the tokenizer, that end a completion besides its end-of-sequence tokens")  # noqa: RUF009
+    mask_truncated: bool = option(False, "leave completions that max_new_tokens cut off out of the losses; their rewards count otherwise as they are")
     temperature: float = option(1.0, "of sampling, and of the log-probs that are trained")
     top_k: int = option(0, "sample from the k likeliest tokens; 0: from all")
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability")
@@ -124,7 +143,8 @@ class PolicyArguments(RunArguments):
     epochs: int = option(1, "passes over a batch")
     minibatches: int = option(1, "optimiser steps a pass")
     # Evaluation
-    eval_samples: int = option(1, "completions for each held-out prompt, sampled as in training")
+    eval_samples: int = option(1, "completions for each held-out prompt")
+    eval_temperature: float | None = option(None, "of sampling them; 0: always the likeliest token; by default temperature")
     save_completions: bool = option(False, "write every completion of training with its reward to completions.jsonl")
     success_reward: float = option(1.0, "a held-out completion with at least this reward counts as right in the accuracy")
 
@@ -132,11 +152,12 @@ class PolicyArguments(RunArguments):
         super().__post_init__()
         counts = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "epochs", "minibatches", "eval_samples")
         self.require("at least 1", lambda x: x >= 1, *counts)
-        self.require("at least 1", lambda x: x is None or x >= 1, "rollout_batch_size")
+        self.require("at least 1", lambda x: x is None or x >= 1, "rollout_batch_size", "max_prompt_tokens")
+        self.require("texts that are not empty", all, "stop")
         self.require("at least 0", lambda x: 0 <= x < math.inf, "top_k")
         self.require("above 0", lambda x: 0 < x < math.inf, "temperature")
         self.require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p", "engine_memory")
-        self.require("at least 0", lambda x: x is None or 0 <= x < math.inf, "correction_low", "correction_high")
+        self.require("at least 0", lambda x: x is None or 0 <= x < math.inf, "correction_low", "correction_high", "eval_temperature")
         low, high = self.correction_low, self.correction_high
         if low is not None and high is not None and low > high:
             raise InputError(f"must be at most correction_high, {high}, got {low}", field="correction_low")

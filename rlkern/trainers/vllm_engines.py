@@ -49,17 +49,18 @@ class VLLM:
         self.llm.apply_model(lambda model: model.load_weights(weights))
         self.llm.reset_prefix_cache()
 
-    def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
-        how = self.sampling
-        options: dict[str, Any] = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "max_tokens": how.max_new_tokens}
-        options |= {"stop_token_ids": how.ends, "logprobs": 0 if how.logprobs else None, "detokenize": False}
+    def sample(self, prompts: Sequence[list[int]], temperature: float | None = None) -> list[Sample]:
+        how, wanted = self.sampling, self.sampling.logprobs and temperature is None
+        options: dict[str, Any] = {"top_k": how.top_k, "top_p": how.top_p, "max_tokens": how.max_new_tokens}
+        options |= {"temperature": how.temperature if temperature is None else temperature, "logprobs": 0 if wanted else None}
+        options |= {"stop_token_ids": how.ends, "stop": how.stop, "detokenize": bool(how.stop)}
         params = [self.vllm.SamplingParams(seed=seed, **options) for seed in torch.randint(2**31, (len(prompts),)).tolist()]
         outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        return [self._sample(output.outputs[0]) for output in outputs]
+        return [self._sample(output.outputs[0], wanted) for output in outputs]
 
-    def _sample(self, output: Any) -> Sample:
+    def _sample(self, output: Any, wanted: bool) -> Sample:
         tokens = list(output.token_ids)
-        if not self.sampling.logprobs:
+        if not wanted:
             return Sample(tokens)
         return Sample(tokens, [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)])
 
@@ -93,16 +94,16 @@ class VLLMServer:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
-    def sample(self, prompts: Sequence[list[int]]) -> list[Sample]:
-        how = self.sampling
+    def sample(self, prompts: Sequence[list[int]], temperature: float | None = None) -> list[Sample]:
+        how, wanted = self.sampling, self.sampling.logprobs and temperature is None
         out = self.client.generate(
             prompts=list(prompts),
-            temperature=how.temperature,
+            temperature=how.temperature if temperature is None else temperature,
             top_k=how.top_k,
             top_p=how.top_p,
             max_tokens=how.max_new_tokens,
-            logprobs=0 if how.logprobs else None,
-            generation_kwargs={"stop_token_ids": how.ends},
+            logprobs=0 if wanted else None,
+            generation_kwargs={"stop_token_ids": how.ends} | ({"stop": how.stop} if how.stop else {}),
         )
-        logprobs = [[step[0] for step in each] for each in out["logprobs"]] if how.logprobs else [None] * len(prompts)
+        logprobs = [[step[0] for step in each] for each in out["logprobs"]] if wanted else [None] * len(prompts)
         return [Sample(*each) for each in zip(out["completion_ids"], logprobs, strict=True)]
