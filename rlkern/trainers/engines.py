@@ -117,6 +117,7 @@ class Generate(FromPolicy):
         taken = _TakenLogprobs(how.temperature) if how.logprobs and temperature is None else None
         stops = _Stops(how, ids.shape[1]) if how.stop else None
         config = how.generation_config(temperature)
+        self.model.generation_config = config  # else transformers 4 takes from there what is a default in the other
         watching = {"logits_processor": taken and [taken], "stopping_criteria": stops and [stops]}
         out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **watching)
         rows = out[:, ids.shape[1] :].tolist()
