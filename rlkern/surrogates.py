@@ -71,10 +71,10 @@ _own: dict[str, OwnSurrogate] = {}
 def register_surrogate(name: str, *, triton: Any = None, torch: Callable[..., Tensor] | None = None) -> str:
     """Make a loss of your own known as ``surrogate=name`` to :class:`rlkern.PolicyLossConfig`, and so to the policy loss at every depth.
 
-    It is a term of one token, elementwise in log-prob, behaviour log-prob, log-ratio at the configured level, and advantage; what surrounds it
-    (importance weights, masks, KL, entropy, aggregation) is as for the built-in surrogates, except that there are no clip fractions. ``o`` has the
-    numbers of the configuration by name: ``low`` = -clip_low and ``high`` = clip_high, ``ratio_cap``, ``dual_clip`` (each infinite where None),
-    ``tau_pos``, ``tau_neg``, ``vespo_k_pos``, ``vespo_lambda_pos``, ``vespo_k_neg`` and ``vespo_lambda_neg``. A term may use any of them as it likes.
+    It is a term of one token, elementwise in log-prob, behaviour log-prob, log-ratio at the configured level, and advantage. Importance weights,
+    masks, KL, entropy and aggregation are as for the built-in surrogates; there are no clip fractions. ``o`` has the numbers of the configuration by
+    name: ``low`` = -clip_low and ``high`` = clip_high, ``ratio_cap``, ``dual_clip`` (each infinite where None), ``tau_pos``, ``tau_neg``,
+    ``vespo_k_pos``, ``vespo_lambda_pos``, ``vespo_k_neg`` and ``vespo_lambda_neg``. A term may use any of them as it likes.
 
     Args:
         name: not that of a built-in surrogate. If a configuration is sent to another process, register there too.
