@@ -228,7 +228,6 @@ def blocks(result: Json) -> dict[str, str]:
         "longest": longest_table(result),
         "accuracy": accuracy_table(result),
         "head_accuracy": paragraphs(head_accuracy_table(head), f"{machine(head)}."),
-        "head_accuracy_headline": paragraphs(head_accuracy_table(head, slice(-1, None)), f"{machine(head)}."),
         "exponents": scaling_table(result),
         "memory": memory_table(result),
         "work": work_table(result),

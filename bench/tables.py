@@ -172,10 +172,10 @@ def error_table(contenders: Sequence[Json]) -> str:
     return table(["", *quantities], rows)
 
 
-def head_accuracy_table(result: Json, cases: slice = slice(None)) -> str:
+def head_accuracy_table(result: Json) -> str:
     found = result["head_accuracy"]
     parts = []
-    for case in found["cases"][cases]:
+    for case in found["cases"]:
         shape = {"H": case["H"], **found["shape"]}
         parts += [f"{case['logits'].capitalize()} logits, {shape_text(shape)}", error_table(case["contenders"])]
     return paragraphs(*parts, missing(found["cases"][0]["contenders"]))

@@ -21,7 +21,7 @@ from .ops.shards import Shard
 
 
 class KeptTokens(NamedTuple):
-    """The support that a sampler left of each row's distribution: row i keeps ``token_ids[offsets[i] : offsets[i + 1]]``, each token once.
+    """The tokens that a sampler kept of each row's distribution: row i keeps ``token_ids[offsets[i] : offsets[i + 1]]``, each token once.
 
     offsets: ``[N + 1]``, token_ids: ``[nnz]``, int32 or int64, for the N positions of flattened ``S``.
     """
@@ -31,7 +31,7 @@ class KeptTokens(NamedTuple):
 
     @classmethod
     def from_mask(cls, kept: Tensor) -> KeptTokens:
-        """From ``S + [V]``, non-zero where a token was kept. Counts them: a synchronisation on a GPU."""
+        """From a mask ``S + [V]``, non-zero for each token that was kept. Counting them takes a synchronisation on a GPU."""
         check_tensor("kept", kept, min_dim=2)
         flat = kept.reshape(-1, kept.shape[-1]) != 0
         return cls(torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0)), flat.nonzero()[:, 1])

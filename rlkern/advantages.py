@@ -1,4 +1,4 @@
-"""Advantages from rewards: against those of a group, by steps, or shaped by a KL. All are data: no gradient flows."""
+"""Advantages from rewards compared within a group, or from rewards of steps; rewards with a KL penalty. All are data: no gradient flows."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ def group_advantages(
     process_group: Any = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Each reward against those of its group, the samples of one prompt: ``(reward - baseline) / (std + eps)``.
+    """Rewards compared within a group, the samples of one prompt: ``(reward - baseline) / (std + eps)``.
 
     The defaults are GRPO (Shao et al. 2024, arXiv:2402.03300); ``scale="none"`` is Dr. GRPO (arXiv:2503.20783), ``baseline="leave-one-out"`` RLOO
-    (arXiv:2402.14740), ``"length-weighted"`` OPO (arXiv:2505.23585), the rewards of greedy answers ReMax (arXiv:2310.10505). Deviations are taken in
-    float64, and are exactly 0 in a group of equal rewards.
-    A NaN reward is one that could not be scored: it is left out of mean and std, and its advantage is 0. The result is data: no gradient flows.
+    (arXiv:2402.14740), ``"length-weighted"`` OPO (arXiv:2505.23585), a tensor with the rewards of greedy answers ReMax (arXiv:2310.10505). Deviations
+    are taken in float64, and are exactly 0 in a group of equal rewards. A NaN reward means that the sample could not be scored: it is left out of
+    mean and std, and its advantage is 0. The result is data: no gradient flows.
 
     Args:
         rewards: ``[N]``, any floating dtype.
-        group_size: the group is each run of so many neighbours; divides N. Either this or ``group_ids``.
+        group_size: number of neighbours that form a group; must divide N. Pass either this or ``group_ids``.
         group_ids: ``[N]``, int32 or int64, any numbers in any order: equal ids are a group, of any size.
-        baseline: "mean" of the group, "leave-one-out" (the mean of the others), or "length-weighted", sum l r / sum l (the mean where sum l = 0).
-            Or what it is: ``[N]``, the reward of the greedy answer to the same prompt for one; then there are no groups.
-        scale: divide by the std of the "group" or of all rewards of the "batch" (both with Bessel's correction, plus ``eps``), or by "none".
+        baseline: "mean" of the group, "leave-one-out" (the mean of the others), or "length-weighted", sum l r / sum l (the mean where sum l = 0). Or
+            a tensor ``[N]`` with the baseline of each sample, such as the reward of the greedy answer to the same prompt; then there are no groups.
+        scale: divide by the std of the "group" or of all rewards of the "batch" (both with Bessel's correction, plus ``eps``), or do not divide:
+            "none".
         eps: a number of at least 0.
         lengths: ``[N]``, number of tokens of each sample; read for "length-weighted" alone.
         singleton: the advantage in a group with one scorable reward: "zero", or the "raw" reward.
-        process_group: a ``torch.distributed`` group, each of whose ranks has some of the rewards: groups of equal ids, and the std of the batch, are
-            over all of them. Ranks may have different numbers (exchanged first: one synchronisation on a GPU).
-        validate: warn (UserWarning) of the number of NaN rewards, which is one synchronisation on a GPU. Default: on the CPU, or with
+        process_group: a ``torch.distributed`` group whose ranks have some of the rewards each; groups of equal ids, and the std of the batch, are
+            then over all ranks. Ranks may hold different numbers of rewards, which are exchanged first (one synchronisation on a GPU).
+        validate: warn (UserWarning) of the number of NaN rewards, which takes one synchronisation on a GPU. Default: on the CPU, or with
             RLKERN_VALIDATE=1.
 
     Returns:
@@ -112,14 +113,14 @@ def process_advantages(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Advantages of process supervision (Shao et al. 2024, arXiv:2402.03300, section 4.1.3), where each step of an answer has a reward::
+    """Advantages of process supervision, with a reward for each step of an answer (Shao et al. 2024, arXiv:2402.03300, section 4.1.3)::
 
         A_t = sum of (r - mean) / (std + eps) over the steps that end at or after t
 
     with mean and std (Bessel) of all steps of all answers of the group. The result is data: no gradient flows.
 
     Args:
-        step_rewards: ``[N, steps]``, any floating dtype. NaN: could not be scored, left out of mean and std, and adds 0.
+        step_rewards: ``[N, steps]``, any floating dtype. NaN: the step could not be scored; it is left out of mean and std, and adds 0.
         step_ends: ``[N, steps]``, int32 or int64: the position of the step's last token, in [0, length); -1 where there is no step.
         length: tokens of an answer, the padding included.
         group_size, group_ids: which of the ``[N]`` answers are a group, as in :func:`group_advantages`.
@@ -173,13 +174,14 @@ def shaped_rewards(
     cu_seqlens: Tensor | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Rewards per token: minus the KL to the reference, and the score of the whole on the last valid token (Ouyang et al. 2022, arXiv:2203.02155)::
+    """Rewards per token: a KL penalty on each, and the score of the answer on its last valid token (Ouyang et al. 2022, arXiv:2203.02155)::
 
         r_t = -kl_coef KL_t + 1[t is the last valid token] R
 
     Args:
-        rewards: R, one a sequence: ``S[:-1]``, or ``[sequences]`` with ``cu_seqlens``. That of a sequence without valid tokens goes nowhere.
-        logprobs, ref_logprobs: of the tokens under policy and reference (nats), shape S: ``[..., time]``, or ``[tokens]``.
+        rewards: R, one for each sequence: ``S[:-1]``, or ``[sequences]`` with ``cu_seqlens``. The reward of a sequence without valid tokens is
+            dropped.
+        logprobs, ref_logprobs: log-probs of the tokens under policy and reference (nats), shape S: ``[..., time]``, or ``[tokens]``.
         mask: shape S, any dtype; non-zero counts. Elsewhere log-probs are not read, and the result is 0.
         kl_coef: a number of at least 0, or a 0-dim tensor.
         kl_estimator: see :func:`kl_penalty`.

@@ -1,4 +1,4 @@
-"""``PolicyLossConfig``: which policy objective, with every number in it. One frozen object for all three depths of fusion and both backends."""
+"""``PolicyLossConfig``: the policy objective and every number in it. One frozen object for all three depths of fusion and both backends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_clamp(name: str, clamp: Any) -> Clamp:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """What :func:`rlkern.policy_loss` and its fused forms minimise. Frozen, keyword-only; a bad value is a ValueError or TypeError here.
+    """The objective of :func:`rlkern.policy_loss` and its fused forms. Frozen, keyword-only; a bad value is a ValueError or TypeError at once.
 
     With r the ratio, A the advantage, lp the log-prob of the policy, sg stop-gradient:
 
@@ -61,7 +61,7 @@ class PolicyLossConfig:
                      dppo_form "ratio": -r A, "score": -sg(min(r, ratio_cap)) A lp
         "dppo_kl"    the same with the binary KL of p_old and p
         "reinforce"  -A lp
-        or a term of your own: a ``@triton.jit`` function, or the name that :func:`rlkern.register_surrogate` has given it (which it then has here)
+        or a term of your own: its name, given to :func:`rlkern.register_surrogate`, or its ``@triton.jit`` function (the field then has its name)
     ratio_level: "token", "sequence" (GSPO; gradient through the mean), "sequence_token" (GSPO-token), "sequence_sum" (RLOO). "gmpo" and "vespo"
         reduce over the sequence by themselves and take "token".
     clip_low, clip_high: distances from 1 (clip, cispo), of log r from 0 (gmpo), of p from p_old (dppo_tv), or of divergence (dppo_kl);
@@ -71,10 +71,10 @@ class PolicyLossConfig:
     log_ratio_clamp: a number x for [-x, x], or (low, high) with None for no bound: clamps log r before exp; no gradient outside.
     off_policy_threshold: in sequences whose mean of ``sampling_logprobs - lp`` exceeds it, tokens with A < 0 are dropped (DeepSeek-V3.2). In nats.
     kl_estimator, kl_coef: the estimator of D(policy || reference), added times the coefficient. "k1+", "abs+" and "k3+" have the gradient of "k2".
-    kl_input_clamp, kl_output_clamp: like log_ratio_clamp, of ref - lp, and of the estimate after the ratio weight.
+    kl_input_clamp, kl_output_clamp: clamps of ref - lp and of the estimate after the ratio weight, given as log_ratio_clamp is.
     kl_ratio_weighted: True: times r (DeepSeek-V3.2); "score": times exp(lp - sg(lp)) (NeMo); "sampling": times exp(lp - sampling_logprobs).
-    entropy_coef: the loss has ``- entropy_coef * aggregate(entropy)``; by the policy's own aggregation and normalizer (verl), or, with
-        entropy_aggregation, by that one over mask and entropy_mask with the local count (TRL: "token-mean").
+    entropy_coef, entropy_aggregation: the loss has ``- entropy_coef * aggregate(entropy)``. Without entropy_aggregation that is by the policy's own
+        aggregation and normalizer (as in verl); with it, by that one over mask and entropy_mask with the local count (TRL: "token-mean").
     aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divided by max_length as well) or "sum".
     max_length: for "seq-mean-token-sum-norm"; None: the length of the time dimension of padded inputs.
     """

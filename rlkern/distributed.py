@@ -1,4 +1,4 @@
-"""Vocabularies divided among ranks: what ``process_group=`` takes, beside a plain group."""
+"""Vocabularies divided among ranks: ``VocabShard``, which ``process_group=`` takes beside a plain group."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .ops.shards import Shard, gathered
 @dataclass(frozen=True)
 class VocabShard:
     """The part of a vocabulary that this rank of ``group`` holds: ``size`` rows of the head (or columns of the logits), from token ``first`` on, of a
-    vocabulary of ``total``. Those beyond ``total`` are padding: they count as absent, and their gradient is 0.
+    vocabulary of ``total``. Rows beyond ``total`` are padding: they count as absent, and their gradient is 0.
 
-    ``sequence_parallel``: functions from hidden states take of these (of the reference's too) an equal share on each rank, along the first dimension
-    and in the order of the ranks, and give the gradient of the share. All else that belongs to tokens, the result too, is of all tokens on all ranks.
+    ``sequence_parallel``: each rank passes an equal share of the hidden states (of the reference's too), along the first dimension and in the order
+    of the ranks, and gets the gradient of its share. All other tensors that belong to tokens, and the result, are of all tokens on all ranks.
 
-    All ranks must make the same loss of the result, of all tokens: the gradient that comes back to it is taken to be equal on all, and not exchanged.
-    A loss of the rank's own tokens alone gives a wrong d loss / d hidden, without an error.
+    All ranks must compute the same loss, over all tokens: the gradient that comes back to the result is taken to be equal on all ranks, and is not
+    exchanged. A loss of the rank's own tokens alone gives a wrong d loss / d hidden, without an error.
     """
 
     group: dist.ProcessGroup
@@ -43,17 +43,19 @@ class VocabShard:
         sequence_parallel: bool = False,
         device: torch.device | str | None = None,
     ) -> VocabShard:
-        """Ask all ranks for their sizes, which may differ; in the order of the ranks they make up the vocabulary. One collective: do it once.
+        """This rank's shard. The ranks exchange their sizes, which may differ; in the order of the ranks they make up the vocabulary.
+
+        That is one collective: call it once and keep the result.
 
         Args:
             size: rows of the head on this rank.
             group: the ranks among which the head is divided; each calls this.
-            vocab_size: the number of tokens, where the sizes add up to more. None: there is no padding.
+            vocab_size: the number of tokens, if the sizes add up to more. None: there is no padding.
             sequence_parallel: hidden states are shared among the ranks, as above.
-            device: of the tensors that the group exchanges. None: the CPU where a backend of the group takes its tensors, otherwise the current GPU.
+            device: of the tensors that the group exchanges. None: the CPU if a backend of the group takes CPU tensors, otherwise the current GPU.
 
         Raises:
-            TypeError, ValueError: for bad arguments; on every rank, where the ranks disagree on ``vocab_size`` or ``sequence_parallel``.
+            TypeError, ValueError: for bad arguments; on every rank, if the ranks disagree on ``vocab_size`` or ``sequence_parallel``.
         """
         check_group(group)
         for name, x in (("size", size), ("vocab_size", vocab_size)):
@@ -162,10 +164,10 @@ class _GatherParameter(torch.autograd.Function):
 
 
 def gather_parameter(x: Tensor) -> Tensor:
-    """A parameter that FSDP2 divides among ranks with tokens of their own, whole; as it is where it is no DTensor.
+    """The whole of a parameter that FSDP2 divides among ranks with tokens of their own; a parameter that is no DTensor is returned as it is.
 
-    Its gradient is the mean over the ranks, as FSDP and DDP have it for the parameters that they gather themselves (``x.full_tensor()`` alone takes
-    the gradients of the ranks for equal, and keeps one rank's for each part). For a head that is used outside the forward of its module::
+    Its gradient is the mean over the ranks, as for the parameters that FSDP and DDP gather themselves. (``x.full_tensor()`` alone takes the gradients
+    of the ranks for equal, and keeps one rank's for each part.) Use it for a head that is used outside the forward of its module::
 
         hidden = model(...)                               # stops before the head
         out = rk.fused_linear_policy_loss(hidden, rk.gather_parameter(head.weight), ...)

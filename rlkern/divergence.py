@@ -26,7 +26,7 @@ def full_kl(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Exact KL divergence of each token's distribution, in nats, which the estimators of :func:`rlkern.kl_penalty` sample.
+    """Exact KL divergence of each token's distribution, in nats: the sum that :func:`rlkern.kl_penalty` estimates from the sampled token.
 
     With p the softmax of ``cap * tanh(logits / cap) * logit_scale / temperature`` (no tanh without a soft-cap) and q that of ``ref_logits``::
 
@@ -36,22 +36,22 @@ def full_kl(
     contributes nothing; where q_v = 0 and p_v > 0, KL(p || q) is infinite.
 
     Args:
-        logits: ``S + [V]``; float16, bfloat16, float32, or float64 (torch backend). ``S`` is any shape of rank 1 or more. Read in place wherever the
-            last dimension has unit stride and the rest two strides at most, as in ``logits[:, :-1]``; otherwise copied.
+        logits: ``S + [V]``; float16, bfloat16, float32, or float64 (torch backend). ``S`` is any shape of rank 1 or more. They are read in place if
+            the last dimension has unit stride and the others have two strides at most, as in ``logits[:, :-1]``; otherwise copied.
         ref_logits: ``S + [V]``, of any of these dtypes, over the same vocabulary: cut a padded one by ``ref_logits[..., :V]``, which copies nothing.
-        temperature: a positive number, or a tensor of shape ``S`` with one for each token; of both sides, like softcap and logit_scale.
-        mask: ``S``, any dtype, non-zero where a position counts. Elsewhere nothing is read, and the result and the gradient are 0.
+        temperature: a positive number, or a tensor of shape ``S`` with one for each token. It applies to both sides, as softcap and logit_scale do.
+        mask: ``S``, any dtype, non-zero where a position counts. Other positions are not read, and the result and the gradient are 0 there.
         reverse: KL(ref || policy) instead of KL(policy || ref).
         softcap: positive bound of the logits (Gemma), or None.
         logit_scale: positive factor of the logits (Cohere, Granite).
-        process_group: the ranks among which the vocabulary is divided, both models' alike, as in :func:`rlkern.token_logprobs`. One all-gather of
-            five numbers a row in the forward (a JSD takes another, of two), nothing in the backward; all ranks get the same bits.
+        process_group: the ranks among which the vocabulary of both models is divided alike, as in :func:`rlkern.token_logprobs`. The forward makes
+            one all-gather of five numbers a row (for a JSD another of two), the backward none; all ranks get the same bits.
         validate: check that the ranks of ``process_group`` have the same tokens (one collective and a synchronisation). Default: on the CPU, or with
             RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
 
     Returns:
-        Shape ``S``, float32 (float64 where either is).
+        Shape ``S``, float32 (float64 if either input is).
 
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
@@ -88,7 +88,7 @@ def generalized_jsd(
         logits: of the student, ``S + [V]``.
         ref_logits: of the teacher, ``S + [V]``.
         beta: weight of the teacher in the mixture, in [0, 1].
-        temperature, mask, softcap, logit_scale, process_group, validate, backend: as in :func:`full_kl`, as are shapes, dtypes, result and errors.
+        temperature, mask, softcap, logit_scale, process_group, validate, backend: as in :func:`full_kl`; so are shapes, dtypes, result and errors.
 
     Source: Agarwal et al., On-Policy Distillation of Language Models (2023), https://arxiv.org/abs/2306.13649.
     """
@@ -122,26 +122,27 @@ def linear_full_kl(
 ) -> Tensor:
     """:func:`full_kl` of ``hidden @ weight.T + bias`` and ``ref_hidden @ ref_weight.T + ref_bias``, of which only a chunk of rows exists at a time.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``, once; all of the reference is constant. What the backward does depends on who takes
-    gradients, as in :func:`rlkern.linear_token_logprobs`: nobody, and there is one product with either head; ``hidden`` alone (a frozen head), and
-    the forward keeps ``J = d KL / d hidden``, whose rows the backward scales; the head too, and the backward makes the logits of both again.
+    Differentiable in ``hidden``, ``weight`` and ``bias``, once; all of the reference is constant. The backward depends on which inputs take
+    gradients, as in :func:`rlkern.linear_token_logprobs`. If none does, there is one product with each head. If ``hidden`` alone does (a frozen
+    head), the forward keeps ``J = d KL / d hidden``, and the backward scales its rows. If the head does too, the backward makes the logits of both
+    models again.
 
     Args:
         hidden: ``S + [H]``; float16, bfloat16, float32, or float64 (torch backend).
         weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
-        ref_hidden, ref_weight: ``S + [H']`` and ``[V, H']``: the widths of the models may differ, their vocabulary not.
+        ref_hidden, ref_weight: ``S + [H']`` and ``[V, H']``: the models may differ in width, not in vocabulary.
         bias, ref_bias: ``[V]``.
         temperature, mask, reverse, softcap, logit_scale, backend: as in :func:`full_kl`.
-        logits_dtype: dtype of the policy's logits of a chunk, as in :func:`rlkern.linear_token_logprobs`; where it is less than float32, the
-            reference's logits have the dtype of its operands too.
-        chunk_bytes: memory for the policy's logits of a chunk, and for their gradient where it is of another dtype; the reference's come to it.
-            Default: 64 MiB on a CPU, 2 GiB on a GPU.
+        logits_dtype: dtype of the policy's logits of a chunk, as in :func:`rlkern.linear_token_logprobs`; if it is less than float32, the reference's
+            logits have the dtype of the reference's operands.
+        chunk_bytes: memory for the policy's logits of a chunk, and for their gradient if it has another dtype. The reference's logits take memory
+            besides. Default: 64 MiB on a CPU, 2 GiB on a GPU.
         rows, compact, mode, validate: as in :func:`rlkern.linear_token_logprobs`.
-        process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. One all-gather, or with a
-            frozen head one a chunk; of a JSD one a chunk and one for all, or with a frozen head two a chunk.
+        process_group: the ranks among which both heads are divided alike, as in :func:`rlkern.linear_token_logprobs`. A KL takes one all-gather, or
+            with a frozen head one for each chunk. A JSD takes one for each chunk and one more, or with a frozen head two for each chunk.
 
     Returns:
-        Shape ``S``, float32 (float64 where any logits are).
+        Shape ``S``, float32 (float64 if any logits are).
 
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.

@@ -1,4 +1,4 @@
-"""Policy losses fused with what comes before them: from logits, or from hidden states and the head."""
+"""Policy losses fused with the log-probs that they read: from logits, or from hidden states and the head."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def fused_policy_loss(
 ) -> LossOutput:
     """:func:`rlkern.policy_loss` of :func:`rlkern.token_logprobs`, with the gradient of a token-level objective made while the logits are at hand.
 
-    The numbers are those of the two functions one after the other. Where a token's loss depends on its own log-prob alone (ratio level "token", and
+    The numbers are those of the two functions one after the other. If a token's loss depends on its own log-prob alone (ratio level "token", and
     neither GMPO, VESPO nor the off-policy mask), d loss / d logits is made in the forward; otherwise in the backward.
 
     Args:
@@ -156,14 +156,14 @@ def fused_policy_loss(
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
         with_metrics: as in :func:`rlkern.policy_loss`.
         process_group: as in :func:`rlkern.token_logprobs`; the gradient is then made in the backward.
-        inplace: write the gradient over ``logits``, in the forward where it is made there: they are gone afterwards. Nothing else may use them.
+        inplace: write the gradient over ``logits``, whose values are lost; in the forward if the gradient is made there. Nothing else may use them.
         validate, backend: as in :func:`rlkern.token_logprobs`.
 
     Returns:
-        :class:`rlkern.LossOutput`. Gradients flow to ``logits``, once: where they were made in the forward, a second backward is an error.
+        :class:`rlkern.LossOutput`. Gradients flow to ``logits``, once: if they were made in the forward, a second backward is an error.
 
     Raises:
-        TypeError, ValueError: as the two functions.
+        TypeError, ValueError: the errors of the two functions.
     """
     x = check_logits(logits, ids, mask, Scaling(temperature, softcap, logit_scale), keep, Where(process_group, validate, backend))
     if inplace:
@@ -234,7 +234,7 @@ def fused_linear_policy_loss(
 ) -> LossOutput:
     """:func:`rlkern.policy_loss` of :func:`rlkern.linear_token_logprobs`: from hidden states and the head to the loss, with no ``[S, V]`` logits.
 
-    The numbers are those of the two functions one after the other. Where a token's loss depends on its own log-prob alone (ratio level "token", and
+    The numbers are those of the two functions one after the other. If a token's loss depends on its own log-prob alone (ratio level "token", and
     neither GMPO, VESPO nor the off-policy mask), all gradients are made in the forward, chunk by chunk; otherwise as
     :func:`rlkern.linear_token_logprobs` makes them.
 
@@ -244,23 +244,24 @@ def fused_linear_policy_loss(
             :func:`rlkern.policy_loss`; ids of -100 count as masked.
         with_entropy: compute the entropies, for the metric and ``LossOutput.entropy``; needed by an entropy bonus.
         with_metrics: as in :func:`rlkern.policy_loss`.
-        rows: ``[n]``, int32 or int64: the positions of flattened ``S`` whose loss can have a gradient, where the caller knows them. The others must
-            be masked, or have advantage 0 with neither a KL nor an entropy term (nor a surrogate of your own that is not 0 there): they still
+        rows: ``[n]``, int32 or int64: the positions of flattened ``S`` whose loss can have a gradient, if the caller knows them. The others must
+            be masked, or have advantage 0 with neither a KL nor an entropy term (nor a surrogate of your own that is not 0 there). They still
             count in the denominators, but not in the metrics.
-        compact: leave rows out of the products by counting them (on a GPU: a synchronisation). None: masked rows, and in the products of the
-            gradients those that the clip stopped, where this is free (on the CPU). True: anywhere, and also, where there is no KL or entropy term
-            and the surrogate is built in, rows whose advantage is 0. These add nothing to loss or gradients and still count in the denominators;
-            the metrics are means over the rest, and their log-prob and entropy come back as 0. False: every row is computed.
-        mode: force "in-forward", "recompute" or "frozen-head", for comparison; an error where that cannot be.
-        process_group: as in :func:`rlkern.linear_token_logprobs`; gradients that are made in the forward take its collectives there.
+        compact: leave rows out of the products. Counting them takes a synchronisation on a GPU. None: only on the CPU, where this is free; masked
+            rows are left out, and rows that the clip stopped are left out of the products of the gradients. True: on every device, and rows whose
+            advantage is 0 too, if there is no KL or entropy term and the surrogate is built in. Such rows add nothing to loss or gradients and still
+            count in the denominators; the metrics are means over the others, and their log-prob and entropy come back as 0. False: every row is
+            computed.
+        mode: force "in-forward", "recompute" or "frozen-head", for comparison; an error if the inputs do not allow it.
+        process_group: as in :func:`rlkern.linear_token_logprobs`; for gradients made in the forward its collectives run there.
         validate, backend: as in :func:`rlkern.token_logprobs`.
 
     Returns:
-        :class:`rlkern.LossOutput`. Gradients flow to ``hidden``, ``weight`` and ``bias``, once: where they were made in the forward, a second
+        :class:`rlkern.LossOutput`. Gradients flow to ``hidden``, ``weight`` and ``bias``, once: if they were made in the forward, a second
         backward is an error.
 
     Raises:
-        TypeError, ValueError: as the two functions.
+        TypeError, ValueError: the errors of the two functions.
     """
     x = check_linear(
         (hidden, weight, bias),
@@ -337,10 +338,10 @@ def fused_linear_loss(
 
     Args:
         hidden, weight, ids, bias, mask, temperature, softcap, logit_scale, logits_dtype, chunk_bytes: as in :func:`rlkern.linear_token_logprobs`.
-        rows, compact, keep, process_group, validate, backend: as there.
+        rows, compact, keep, process_group, validate, backend: as in :func:`rlkern.linear_token_logprobs`.
         loss_fn: ``loss_fn(logprobs, entropy, *per_token) -> loss``, in PyTorch operations that autograd can differentiate, on a chunk of tokens: the
-            first two are ``[n]``, float32 (float64 for float64), the result must be too. The loss of a token may depend on that token only.
-        per_token: tensors that begin with the shape ``S``, handed to ``loss_fn`` with these dimensions flattened and cut to the chunk; constants.
+            first two are ``[n]``, float32 (float64 for float64), and so must the result be. The loss of a token may depend on that token only.
+        per_token: constants whose shapes begin with ``S``; ``loss_fn`` gets them with these dimensions flattened and cut to the chunk.
         aggregation, normalizer, max_length, cu_seqlens: as in :func:`rlkern.policy_loss` and :class:`rlkern.PolicyLossConfig`.
 
     Returns:

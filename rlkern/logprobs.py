@@ -75,25 +75,26 @@ def token_logprobs(
     Differentiable in ``logits``, through both results, once: a double backward is an error. ``-inf`` logits have probability 0 and gradient 0.
 
     Args:
-        logits: ``S + [V]``; float16, bfloat16, float32, or float64 (torch backend). ``S`` is any shape of rank 1 or more. Read in place wherever the
-            last dimension has unit stride and the rest two strides at most, as in ``logits[:, :-1]``; otherwise copied. All of a model's logits, with
-            an id of -100 at the last position, spare the copy that PyTorch makes of a slice's gradient.
+        logits: ``S + [V]``; float16, bfloat16, float32, or float64 (torch backend). ``S`` is any shape of rank 1 or more. They are read in place if
+            the last dimension has unit stride and the others have two strides at most, as in ``logits[:, :-1]``; otherwise copied. A slice still
+            costs a copy of its gradient in PyTorch; all of a model's logits, with an id of -100 at the last position, cost none.
         ids: ``S``, int32 or int64. ``ids[i]`` is the token that ``logits[i]`` scores: nothing is shifted. -100 counts as masked.
-        mask: ``S``, any dtype, non-zero where a position counts. Elsewhere nothing is read, and both results and the gradient are 0.
+        mask: ``S``, any dtype, non-zero where a position counts. Other positions are not read, and both results and the gradient are 0 there.
         temperature: a positive number, or a tensor of shape ``S`` with one for each token.
         softcap: positive bound of the logits (Gemma), or None.
         logit_scale: positive factor of the logits (Cohere, Granite).
         with_entropy: also return the entropy.
-        inplace_backward: write the gradient over ``logits`` during the backward, which saves a tensor of their size. Safe when nothing else needs
-            them after; where autograd saved them for something else, that raises.
-        keep: the tokens that the sampler's top-k or top-p left in each row, over which alone the sums run; an id that is not among them has
+        inplace_backward: write the gradient over ``logits`` during the backward, which saves a tensor of their size. Safe if nothing else needs
+            the logits afterwards; if autograd saved them for another operation, the backward raises an error.
+        keep: the tokens that the sampler's top-k or top-p kept in each row. The softmax runs over these alone; an id that is not among them has
             log-prob -inf.
-        process_group: the ranks among which the vocabulary is divided, each with the logits of its part, in the order of the ranks, for the same
-            tokens; a group whose ranks hold equally many, or a :class:`rlkern.VocabShard`. A DTensor says so itself. One all-gather of four numbers a
-            row in the forward, nothing in the backward; all ranks get the same bits. All must make the same loss of the result, of all tokens: the
-            gradient that comes back is taken to be equal on all ranks. A loss of the rank's own tokens alone gives wrong gradients.
-        validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Unchecked, a row
-            whose id does not is NaN.
+        process_group: the ranks among which the vocabulary is divided: a group whose ranks hold equally many entries, or a
+            :class:`rlkern.VocabShard`. Each rank passes the logits of its part, in the order of the ranks, for the same tokens. Logits that are a
+            DTensor need no group. The forward makes one all-gather of four numbers a row, the backward none; all ranks get the same bits. Every rank
+            must compute the same loss, over all tokens: the gradient that comes back is taken to be equal on all ranks, and a loss of the rank's own
+            tokens alone gives wrong gradients.
+        validate: check that ids lie in ``[0, V)`` (one synchronisation on a GPU). Default: on the CPU, or with RLKERN_VALIDATE=1. Without the check,
+            a row whose id lies outside is NaN.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
 
     Returns:
@@ -143,11 +144,11 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of ``logits = hidden @ weight.T + bias``, of which only a chunk of rows exists at a time.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``, through both results, once. What the backward does depends on who takes gradients:
+    Differentiable in ``hidden``, ``weight`` and ``bias``, through both results, once. The backward depends on which inputs take gradients:
 
-    - nobody (or under no_grad): one product with the head in all, and no memory beyond a chunk;
-    - ``hidden`` alone, a frozen head as in LoRA: the forward keeps ``J = d logprob / d hidden`` (as large as ``hidden``), and the backward only
-      scales its rows, whatever the loss; where a gradient comes through the entropy too, both are recomputed;
+    - none (or under no_grad): one product with the head in all, and no memory beyond a chunk;
+    - ``hidden`` alone (a frozen head, as in LoRA): the forward keeps ``J = d logprob / d hidden``, as large as ``hidden``, and the backward only
+      scales its rows, whatever the loss; if a gradient comes through the entropy too, both are recomputed;
     - the head too: the backward makes the logits again, chunk by chunk, and adds up d weight in float32.
 
     Args:
@@ -155,17 +156,18 @@ def linear_token_logprobs(  # type: ignore[misc]  # the options are those below
         weight: ``[V, H]``, as in ``torch.nn.Linear``; its dtype may differ from that of ``hidden`` (products are then in the wider one).
         ids, mask, temperature, softcap, logit_scale, with_entropy, keep, validate, backend: as in :func:`token_logprobs`.
         bias: ``[V]``.
-        logits_dtype: dtype of the logits of a chunk. Default: float32 (float64 for float64), the products of 16-bit operands unrounded; their
-            gradient is rounded to the operands' dtype. The operands' own dtype, say bfloat16, takes less memory traffic; log-probs are then off by
-            1e-2.
-        chunk_bytes: memory for the logits of a chunk, and for their gradient where it is of another dtype. Default: 64 MiB on a CPU, 2 GiB on a GPU.
-        rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, where the caller knows them; others count as masked.
-        compact: leave masked rows out of the products, by counting them (on a GPU: one synchronisation). Default: on the CPU.
+        logits_dtype: dtype of the logits of a chunk. Default: float32 (float64 for float64), so that products of 16-bit operands are not rounded;
+            their gradient is rounded to the operands' dtype. The operands' own dtype, such as bfloat16, takes less memory traffic, and puts log-probs
+            off by 1e-2.
+        chunk_bytes: memory for the logits of a chunk, and for their gradient if it has another dtype. Default: 64 MiB on a CPU, 2 GiB on a GPU.
+        rows: ``[n]``, int32 or int64: the positions of flattened ``S`` to compute, if the caller knows them; the others count as masked.
+        compact: leave masked rows out of the products. Counting them takes one synchronisation on a GPU. Default: on the CPU.
         mode: force "recompute", or "frozen-head" (an error where the head takes gradients), for comparison.
-        process_group: the ranks among which the head is divided, each with its rows of ``weight`` and ``bias`` and all of ``hidden``, as in
-            :func:`token_logprobs`. Beside the all-gather (one for all, or with a frozen head one a chunk) d loss / d hidden is summed over the ranks,
-            chunk by chunk, beside the products that follow. With sequence parallelism (see :class:`rlkern.VocabShard`; of a DTensor that is divided
-            along the first dimension, too) each has a share of ``hidden`` instead: these are all-gathered, and d loss / d hidden is reduce-scattered.
+        process_group: the ranks among which the head is divided, as in :func:`token_logprobs`. Each rank passes its rows of ``weight`` and ``bias``,
+            and all of ``hidden``. Besides the all-gather (one in all; with a frozen head one for each chunk), d loss / d hidden is summed over the
+            ranks, chunk by chunk, while the products that follow run. With sequence parallelism (see :class:`rlkern.VocabShard`; also if ``hidden``
+            is a DTensor that is divided along the first dimension) each rank passes a share of ``hidden`` instead: the shares are all-gathered, and
+            d loss / d hidden is reduce-scattered.
 
     Returns:
         As :func:`token_logprobs`: shape ``S``, float32 (float64 for float64).

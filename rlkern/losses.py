@@ -1,4 +1,4 @@
-"""Losses on tokens: the policy loss and its parts (importance ratio, importance weights, KL penalty), the value loss; and those of a reward model."""
+"""Losses on tokens (the policy loss, its importance ratio, importance weights and KL penalty, the value loss), and the losses of a reward model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .surrogates import check_backend
 
 
 class LossOutput(NamedTuple):
-    """What a fused loss gives: ``loss`` (0-dim, differentiable), ``metrics`` (detached 0-dim tensors), ``logprobs`` and ``entropy`` (detached)."""
+    """The result of a loss: ``loss`` (0-dim, differentiable), ``metrics`` (detached 0-dim tensors), ``logprobs`` and ``entropy`` (detached)."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -54,32 +54,33 @@ def policy_loss(
 
     Args:
         logprobs: log-probs of the policy (nats), shape S: ``[batch, time]`` (any leading dimensions; the last is time), or ``[tokens]``.
-        old_logprobs: those of the behaviour policy, shape S. None: on-policy, the ratio is 1 and has a gradient.
-        advantages: shape S; or one a sequence: ``[batch]`` (a 1-D tensor always is) or ``[batch, 1]`` for ``[batch, time]``, ``[sequences]`` with
-            ``cu_seqlens`` (where there are as many tokens as sequences, it is one a token).
+        old_logprobs: log-probs of the behaviour policy, which sampled the tokens, shape S. None: on-policy, the ratio is 1 and has a gradient.
+        advantages: shape S, or one for each sequence: ``[batch]`` or ``[batch, 1]`` for ``[batch, time]``, ``[sequences]`` with ``cu_seqlens``. For
+            ``[batch, time]`` a 1-D tensor is always one for each sequence; with ``cu_seqlens`` and as many tokens as sequences it is one for each
+            token.
         mask: shape S, any dtype; non-zero counts. Masked positions are never read, in any input.
         ref_logprobs: log-probs of the reference policy, shape S; needed where ``config.kl_coef`` is not 0.
         entropy: entropies of the policy (nats), shape S; needed where ``config.entropy_coef`` is not 0.
-        importance_weights: w, not differentiated: shape S, or one a sequence, or what broadcasts to S.
+        importance_weights: w, constants: shape S, one for each sequence, or any shape that broadcasts to S.
         sampling_logprobs: log-probs under the sampler (inference engine), shape S; for the off-policy mask and ``kl_ratio_weighted="sampling"``.
-        entropy_mask: shape S; where it is 0 the surrogate is dropped, never the KL.
+        entropy_mask: shape S; a token with 0 has no surrogate, but keeps its KL.
         normalizer: number or 0-dim tensor: the global count of tokens or sequences to divide by (see ``aggregation``), instead of the local one.
             With it the losses of micro-batches or ranks add up to exactly the loss of the whole.
         cu_seqlens: ``[sequences + 1]``, int32 or int64: the packed sequences of ``[tokens]``; empty ones are allowed.
         config: see :class:`PolicyLossConfig`.
-        with_metrics: False leaves the metrics out, ``metrics`` is then empty: on a CPU they take a third of the time of a small call.
+        with_metrics: False leaves ``metrics`` empty; on a CPU the metrics take a third of the time of a small call.
         validate: also check the values of ``cu_seqlens`` (synchronises a GPU); by default on the CPU.
         backend: "triton" or "torch"; by default the former on a GPU.
 
     Returns:
-        LossOutput. The loss is float32 (float64 for float64 log-probs), 0 for an empty batch. Metrics are means over the mask: clip_fraction (of it
-        clip_fraction_low: A < 0 below the bound, clip_fraction_high: A > 0 above), dual_clip_fraction, approx_kl (old - lp), kl (as it enters the
-        loss, before its coefficient; 0 without ``ref_logprobs``), entropy (0 where not given), ratio_mean, and ratio_max. The ratio is that of
-        ``config.ratio_level``. outside_support is a number: of the tokens with log-prob -inf, which the sampler's support excludes where it is
-        replayed (``keep``); they count as masked.
+        LossOutput. The loss is float32 (float64 for float64 log-probs), 0 for an empty batch. Metrics are means over the mask: clip_fraction, and its
+        parts clip_fraction_low (A < 0, below the bound) and clip_fraction_high (A > 0, above it); dual_clip_fraction; approx_kl (old - lp); kl (as it
+        enters the loss, before its coefficient; 0 without ``ref_logprobs``); entropy (0 if not given); ratio_mean. Besides these, ratio_max is the
+        largest ratio; ratios are those of ``config.ratio_level``. outside_support is the number of tokens with log-prob -inf, which a replayed
+        sampler's support (``keep``) excludes; they count as masked.
 
     Raises:
-        TypeError, ValueError: for a wrong dtype, shape, device or option, or an input that the configuration needs.
+        TypeError, ValueError: for a wrong dtype, shape, device or option, or for a missing input that the configuration needs.
     """
     given = Tokens(
         logprobs=logprobs,
@@ -112,9 +113,10 @@ def importance_ratio(
 ) -> Tensor:
     """The importance ratio r = exp(log r), of shape S, float32 (float64 for float64 log-probs); 0 at masked positions.
 
-    token: log r = lp - old. sequence: its mean over the valid tokens of the sequence (GSPO). sequence_token: that value, with the gradient of
-    the token. sequence_sum: its sum (RLOO). ``old_logprobs`` None: the policy's own, r = 1 with a gradient. ``log_ratio_clamp``: a number x for
-    [-x, x], or a pair (low, high) with None for no bound. Differentiable in ``logprobs``. Shapes as in :func:`policy_loss`.
+    With level "token", log r = lp - old. With "sequence" it is the mean of that over the valid tokens of the sequence (GSPO), with "sequence_token"
+    the value of the mean with the gradient of the token (GSPO-token), and with "sequence_sum" the sum (RLOO). With ``old_logprobs=None`` r is 1 and
+    has a gradient. ``log_ratio_clamp`` is a number x for [-x, x], or a pair (low, high) with None for no bound. Differentiable in ``logprobs``.
+    Shapes as in :func:`policy_loss`.
     """
     check_tensor("logprobs", logprobs, dtypes=FLOATS, min_dim=1)
     if old_logprobs is not None:
@@ -138,10 +140,11 @@ def importance_weights(
     outside: str = "clamp",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Weights w = exp(d), d = old - sampling, that correct for a sampler which is not the trained model: shape S, not differentiable, 0 where masked.
+    """Weights w = exp(old - sampling) that correct for a sampler which differs from the trained model: shape S, not differentiable, 0 if masked.
 
-    level "token": each token's own; "sequence": exp of the sum of d over the sequence, given to each of its tokens. Outside [low, high]:
-    "clamp" (truncated importance sampling), or "zero" (masked importance sampling). float32 (float64 for float64).
+    With level "token" each token has its own weight; with "sequence" each token has the product of the weights of its sequence. A weight outside
+    [low, high] is moved to the nearer bound with "clamp" (truncated importance sampling), and set to 0 with "zero" (masked importance sampling).
+    float32 (float64 for float64).
     """
     check_tensor("old_logprobs", old_logprobs, dtypes=FLOATS, min_dim=1)
     check_tensor("sampling_logprobs", sampling_logprobs, shape=old_logprobs.shape, dtypes=FLOATS, device=old_logprobs.device)
@@ -172,7 +175,7 @@ def kl_penalty(
 
     With d = ref - lp: "k1" -d, "abs" |d|, "k2" d^2 / 2, "k3" expm1(d) - d (http://joschu.net/blog/kl-approx.html); "k1+", "abs+" and "k3+" have
     that value and the gradient of k2. ``input_clamp`` acts on d, ``output_clamp`` on the estimate (a number x for [-x, x], or a pair with None for no
-    bound); there the gradient is 0. 0 at masked positions, which are not read. Differentiable in ``logprobs``.
+    bound); the gradient is 0 where a clamp acts. Masked positions are not read, and the result is 0 there. Differentiable in ``logprobs``.
     """
     check_tensor("logprobs", logprobs, dtypes=FLOATS)
     check_tensor("ref_logprobs", ref_logprobs, shape=logprobs.shape, dtypes=FLOATS, device=logprobs.device)
@@ -202,12 +205,12 @@ def value_loss(
 
         loss = 0.5 sum_i a_i max((v_i - R_i)^2, (clamp(v_i, v_old_i - c, v_old_i + c) - R_i)^2)
 
-    with the aggregation as a weight vector a. The clip keeps v near what it was (Engstrom et al. 2020, arXiv:2005.12729, appendix A). The gradient
+    with the aggregation as a weight vector a. The clip keeps v near v_old (Engstrom et al. 2020, arXiv:2005.12729, appendix A). The gradient
     flows to ``values`` only; a second derivative is an error.
 
     Args:
         values: v, shape S: ``[batch, time]`` (any leading dimensions; the last is time), or ``[tokens]``.
-        old_values: those of the critic that made the advantages, shape S; read only with ``clip_range``, otherwise it may be None.
+        old_values: v_old, the critic's values that the advantages were made from, shape S; read only with ``clip_range``, otherwise it may be None.
         returns: R, shape S, a constant.
         mask: shape S, any dtype; non-zero counts. Masked positions are never read, in any input.
         clip_range: c, a positive number; None: no clip.
@@ -249,7 +252,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor 
 
     Args:
         chosen, rejected: scores of the better and of the worse answer, of one shape, any floating dtype. Differentiable in both.
-        margin: by how much the better one should win: a number, or a constant of that shape (Llama 2, arXiv:2307.09288). None: 0.
+        margin: the difference by which the better answer should win: a number, or a constant of that shape (Llama 2, arXiv:2307.09288). None: 0.
 
     Returns:
         LossOutput without log-probs and entropy. The loss is float32 (float64 for float64), 0 for no pairs. Metrics: accuracy (share of pairs with
@@ -274,10 +277,10 @@ def ranking_loss(scores: Tensor, *, mask: Tensor | None = None, margin: float | 
     question, averaged over the questions.
 
     Args:
-        scores: ``[..., K]``, those of the answers to a question, best first; any floating dtype, differentiable.
-        mask: of that shape, any dtype; zero where there is no answer, for questions with fewer than K. Such scores are not read. A question with
+        scores: ``[..., K]``, the scores of the K answers to a question, best first; any floating dtype, differentiable.
+        mask: of that shape, any dtype; zero for a missing answer, for questions with fewer than K. Such scores are not read. A question with
             fewer than two answers has no pair and does not count.
-        margin: a number, by how much the better one of a pair should win. None: 0.
+        margin: a number, the difference by which the better answer of a pair should win. None: 0.
 
     Returns:
         As :func:`preference_loss`; accuracy and margin are averaged over pairs and questions in the same way.

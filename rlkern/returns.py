@@ -45,35 +45,36 @@ def gae(
     A and returns are data: inputs count as constants, and no gradient flows.
 
     Args:
-        rewards: ``S``, any floating dtype: ``[..., time]``, or ``[tokens]`` packed with ``cu_seqlens``. ``values[t]`` is V before step t and
-            ``rewards[t]`` what that step earned.
+        rewards: ``S``, any floating dtype: ``[..., time]``, or ``[tokens]`` packed with ``cu_seqlens``. ``values[t]`` is V before step t, and
+            ``rewards[t]`` the reward of that step.
         values: ``S``, any floating dtype.
         gamma, lam: numbers in [0, 1], or tensors with one for each sequence: ``S[:-1]``, or ``[sequences]`` with ``cu_seqlens``.
-        mask: ``S``, any dtype, non-zero where a step counts. Elsewhere no input is read, flags included, and both results are 0.
-        masked: what a masked step is to the steps before it. "skip": nothing; V and A pass over it, so that the valid steps get what the sequence
-            without the others would. "decay": a step of r = V = 0 without flags, through which A decays by gamma lam and V_{t+1} is 0; padding at the
-            end counts too, so there ``last_values`` lies beyond the padding.
-        last_values: V beyond the end of each sequence, for one that goes on: ``S[:-1]``, or ``[sequences]``. Default: ``next_values`` at its last
-            valid step where these are given, else 0.
-        next_values: ``S``; V of the observation that step t led to, read where ``truncated`` (and not ``terminated``), and at the last valid step
-            without ``last_values``.
+        mask: ``S``, any dtype, non-zero where a step counts. At other steps no input is read, flags included, and both results are 0.
+        masked: how a masked step acts on the steps before it. "skip": not at all. V and A pass over it, and the valid steps get the results of the
+            sequence without the masked ones. "decay": as a step with r = V = 0 and no flags. A decays by gamma lam, and V_{t+1} before it is 0;
+            padding at the end counts as steps too, so that ``last_values`` lies beyond the padding.
+        last_values: V after the end of each sequence, for sequences that go on: ``S[:-1]``, or ``[sequences]``. Default: ``next_values`` at the last
+            valid step if they are given, else 0.
+        next_values: ``S``; V of the observation after step t. Read at steps that are ``truncated`` and not ``terminated``, and at the last valid step
+            if ``last_values`` are not given.
         terminated: ``S``, any dtype, non-zero where step t ended its episode: V_{t+1} and A_{t+1} count as 0.
-        truncated: ``S``, non-zero where the episode was cut short after step t: A_{t+1} counts as 0, V_{t+1} is ``next_values[t]``, without
-            ``next_values`` the next valid step's V (``last_values`` at the end). A step that is both has terminated.
-        cu_seqlens: ``[sequences + 1]``, int32 or int64: where the packed sequences begin, and the number of tokens. None passes from one to another.
-        whitened: give the advantages with mean 0 and variance 1 over the mask, as :func:`whiten` would; the sums that this takes are gathered while
-            the advantages are made.
-        process_group: with ``whitened``, the ``torch.distributed`` group over whose ranks mean and variance are taken, by one all-reduce of three
+        truncated: ``S``, non-zero where the episode was cut short after step t: A_{t+1} counts as 0, and V_{t+1} is ``next_values[t]``, or without
+            ``next_values`` the V of the next valid step (``last_values`` at the end). A step with both flags counts as terminated.
+        cu_seqlens: ``[sequences + 1]``, int32 or int64: the start of each packed sequence, then the number of tokens. Nothing passes from one
+            sequence to another.
+        whitened: return the advantages with mean 0 and variance 1 over the mask, as :func:`whiten` would; the sums for this are gathered while the
+            advantages are made.
+        process_group: with ``whitened``, a ``torch.distributed`` group: mean and variance are taken over all its ranks, by one all-reduce of three
             numbers.
-        time_group: the ``torch.distributed`` group among whose ranks time is divided (context parallelism): each has some steps of all sequences, of
-            ``[..., time]``, the first rank the earliest. Two all-gathers carry values and advantages from the later ranks to the earlier ones.
-            ``last_values`` and the rates are those of the sequences, on all ranks; masked steps are skipped.
+        time_group: a ``torch.distributed`` group whose ranks divide time among them (context parallelism). Each rank has some steps of all sequences,
+            ``[..., time]``; the first rank has the earliest. Two all-gathers carry values and advantages from the later ranks to the earlier ones.
+            ``last_values``, ``gamma`` and ``lam`` belong to whole sequences and are the same on all ranks; ``masked`` must be "skip".
         validate: check that ``cu_seqlens`` rises from 0 to the number of tokens (one synchronisation on a GPU). Default: on the CPU, or with
             RLKERN_VALIDATE=1.
         backend: "triton" or "torch"; default: by device, or RLKERN_BACKEND.
 
     Returns:
-        ``(advantages, returns)``, each ``S``; float32 (float64 where rewards or values are).
+        ``(advantages, returns)``, each ``S``; float32 (float64 if rewards or values are float64).
 
     Raises:
         TypeError, ValueError: for arguments of another type, dtype, shape, device or range.
@@ -190,7 +191,7 @@ def discounted_returns(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Discounted sums of the rewards to come, ``R_t = r_t + gamma R_{t+1}``, without R_{t+1} where ``terminated``.
+    """Discounted sums of the rewards from each step on, ``R_t = r_t + gamma R_{t+1}``; R_{t+1} counts as 0 where ``terminated``.
 
     Arguments, dtypes and errors are those of ``gae``.
     """
@@ -224,11 +225,12 @@ def vtrace(
         targets_t = V_t + rho_t (r_t + gamma V_{t+1} - V_t) + gamma c_t (targets_{t+1} - V_{t+1})
         advantages_t = rho_t (r_t + gamma ((1 - lam) V_{t+1} + lam targets_{t+1}) - V_t)
 
-    At ratio 1 these are the advantages and returns of ``gae``. Log-probs (nats) are ``S``, of the policy to be improved and of the one that acted;
-    they too count as constants, and are not read at masked steps. ``rho_clip`` and ``c_clip`` are positive; the rest is as for ``gae``.
+    At ratio 1 these are the advantages and returns of ``gae``. ``logprobs`` are those of the policy that is trained, ``old_logprobs`` those of the
+    policy that acted, both in nats and of shape ``S``. They count as constants too, and are not read at masked steps. ``rho_clip`` and ``c_clip`` are
+    positive; the other arguments are those of ``gae``.
 
     Returns:
-        ``(advantages, targets)``, each ``S``; float32 (float64 where rewards or values are).
+        ``(advantages, targets)``, each ``S``; float32 (float64 if rewards or values are float64).
     """
     steps = Steps(rewards, values, logprobs, old_logprobs, mask, next_values, terminated, truncated)
     rest = (gamma, lam, masked, last_values, cu_seqlens, validate, backend)
@@ -318,13 +320,13 @@ def whiten(
 
     Args:
         x: any shape, any floating dtype; a constant, no gradient flows.
-        mask: of the shape of ``x``, any dtype, non-zero where a position counts. Elsewhere ``x`` is not read and the result is 0.
+        mask: of the shape of ``x``, any dtype, non-zero where a position counts. At other positions ``x`` is not read and the result is 0.
         eps: a number of at least 0.
         unbiased: divide the sum of squares by n - 1 (Bessel) rather than n. A single position has variance 0.
         shift_mean: False adds the mean again after scaling: ``(x - mean) / sqrt(var + eps) + mean``.
         eps_outside: ``(x - mean) / (std + eps)``.
-        process_group: a ``torch.distributed`` group, such as ``torch.distributed.group.WORLD``, to take mean and variance over the positions of all
-            its ranks, which must all call: two all-reduces, of two numbers and of one. None: this process alone.
+        process_group: a ``torch.distributed`` group, such as ``torch.distributed.group.WORLD``: mean and variance are taken over the positions of all
+            its ranks, by two all-reduces, of two numbers and of one. All ranks must call. None: this process alone.
 
     Returns:
         The shape of ``x``, float32 (float64 for float64).

@@ -71,23 +71,22 @@ _own: dict[str, OwnSurrogate] = {}
 def register_surrogate(name: str, *, triton: Any = None, torch: Callable[..., Tensor] | None = None) -> str:
     """Make a loss of your own known as ``surrogate=name`` to :class:`rlkern.PolicyLossConfig`, and so to the policy loss at every depth.
 
-    It is a term of one token, elementwise in log-prob, behaviour log-prob, log-ratio at the configured level, and advantage; what surrounds it
-    (importance weights, masks, KL, entropy, aggregation) is as for the built-in surrogates, except that there are no clip fractions.
-    ``o`` has the numbers of the configuration by name: ``low`` = -clip_low and ``high`` = clip_high, ``ratio_cap``, ``dual_clip`` (each infinite
-    where None), ``tau_pos``, ``tau_neg``, ``vespo_k_pos``, ``vespo_lambda_pos``, ``vespo_k_neg`` and ``vespo_lambda_neg``, which a term may put to a
-    use of its own.
+    It is a term of one token, elementwise in log-prob, behaviour log-prob, log-ratio at the configured level, and advantage. Importance weights,
+    masks, KL, entropy and aggregation are as for the built-in surrogates; there are no clip fractions. ``o`` has the numbers of the configuration by
+    name: ``low`` = -clip_low and ``high`` = clip_high, ``ratio_cap``, ``dual_clip`` (each infinite where None), ``tau_pos``, ``tau_neg``,
+    ``vespo_k_pos``, ``vespo_lambda_pos``, ``vespo_k_neg`` and ``vespo_lambda_neg``. A term may use any of them as it likes.
 
     Args:
-        name: not that of a built-in surrogate. Where a configuration crosses to another process, register there too.
+        name: not that of a built-in surrogate. If a configuration is sent to another process, register there too.
         triton: a ``@triton.jit`` function ``(lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r)`` of blocks or scalars of float32 or
             float64; inlined into the kernels, as the built-in terms are.
         torch: a function ``(lp, old, log_r, A, o) -> loss`` of tensors of any one shape; autograd differentiates it in ``lp`` and ``log_r``.
 
     Returns:
-        ``name``. A form that is missing may be registered later; it is asked for when a loss runs on its backend.
+        ``name``. A form that is missing may be registered later; it is needed once a loss runs on its backend.
 
     Raises:
-        TypeError: for what is no such function. ValueError: neither form is given, the name is a built-in's, or has another function already.
+        TypeError: for an argument that is no such function. ValueError: neither form is given, or the name is a built-in's or has another function.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")

@@ -15,13 +15,22 @@ import rlkern
 from .ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()]
+FIRST_RUN = ROOT / "docs" / "trl.md"
+WITH_EXAMPLES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()]
+PAGES = [page for page in WITH_EXAMPLES if page != FIRST_RUN]  # that one needs TRL, and has a test of its own
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples(page)
+
+
+def test_the_first_run_in_trl_learns(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed (it needs Python 3.11)")
+    monkeypatch.chdir(tmp_path)
+    rewards = run_examples(FIRST_RUN)["rewards"]
+    assert rewards[-1] > rewards[0] + 0.3
 
 
 def run_examples(page: Path) -> dict[str, Any]:

@@ -82,9 +82,9 @@ def test_logprobs(case):
     check(case, lambda logits: ours.log_probs_from_logits(logits, INPUTS["labels"], case["temperature"]), "logits")
 
 
-def test_readme():
-    """The program in README, whose numbers before are those recorded."""
-    _, after = before_and_after("README.md", "import PolicyLoss")
+def test_the_program_of_the_page():
+    """The program in docs/integrations.md, whose numbers before are those recorded."""
+    _, after = before_and_after("docs/integrations.md", "import PolicyLoss")
     names = {name: INPUTS[name] for name in ("log_probs", "old_log_probs", "advantages")} | {"action_mask": MASK}
     exec(after, names)
     assert_accurate(names["loss"], NUMBERS["policy ppo tokens/result"], eps=1e-5)

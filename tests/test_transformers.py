@@ -94,11 +94,11 @@ def test_no_head_is_an_error():
         head_of(torch.nn.Linear(2, 3))
 
 
-def test_readme():
-    """The program in README gives the same log-probs before and after."""
+def test_the_program_of_the_page():
+    """The program in docs/integrations.md gives the same log-probs before and after."""
     model, ids = make("Llama"), torch.randint(3, 97, (2, 9))
     results = []
-    for program in before_and_after("README.md", "last_hidden_and_head"):
+    for program in before_and_after("docs/integrations.md", "last_hidden_and_head"):
         names = {"model": model, "ids": ids, "rk": rk}
         exec(program, names)
         results.append(names["logprobs"])

@@ -539,10 +539,10 @@ def test_rloo_configuration(task, tmp_path):
         assert_accurate(mine, expected, eps=1e-5)
 
 
-def test_readme(task, tmp_path):
-    """The program in README, as it was and with its two lines more."""
+def test_the_program_of_the_page(task, tmp_path):
+    """The program in docs/integrations.md, as it was and with its two lines more."""
     runs = []
-    for program in before_and_after("README.md", "from trl import"):
+    for program in before_and_after("docs/integrations.md", "from trl import"):
         args = trl.GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, **QUIET, max_steps=2)
         names = {"model": task[2](), "reward": digits, "args": args, "questions": task[1], "tokenizer": task[0]}
         exec(program, names)

@@ -190,9 +190,9 @@ def test_register(registry):
             ours.register([mode])
 
 
-def test_readme(registry):
-    """The program in README, whose numbers before are those recorded."""
-    _, after = before_and_after("README.md", "from verl")
+def test_the_program_of_the_page(registry):
+    """The program in docs/integrations.md, whose numbers before are those recorded."""
+    _, after = before_and_after("docs/integrations.md", "from verl")
     names = {name: INPUTS[name] for name in ("old_log_prob", "log_prob", "advantages")}
     names |= {"response_mask": INPUTS["mask"], "config": actor_config()}
     exec(after, names)

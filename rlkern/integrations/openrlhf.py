@@ -24,9 +24,9 @@ _CHOICES = {
 
 
 class PolicyLoss(nn.Module):
-    """``openrlhf.models.PolicyLoss``: (loss, clip fraction, KL of the policy's step, KL between engines, share filtered).
+    """``openrlhf.models.PolicyLoss``, which gives (loss, clip fraction, KL of the policy's step, KL between engines, share filtered).
 
-    The last two are None where nothing is corrected for the rollout engine. A bad option is a ValueError here.
+    The last two are None without a correction for the rollout engine. A bad option is a ValueError when it is made.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ def compute_approx_kl(
 ) -> Tensor:
     """``openrlhf.models.utils.compute_approx_kl``: "k1", "k2" or "k3" with OpenRLHF's clamps, float32.
 
-    unbiased_gradient: that value, and the gradient of k2 times the ratio to ``log_probs_old``, capped at 10.
+    unbiased_gradient: the same value, with the gradient of k2 times the ratio to ``log_probs_old``, capped at 10.
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {kl_estimator!r}")

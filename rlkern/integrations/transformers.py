@@ -1,4 +1,4 @@
-"""Last hidden states and head of a transformers causal language model: what the functions from hidden states are given."""
+"""Last hidden states and head of a transformers causal language model: the inputs of the functions from hidden states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Head(NamedTuple):
-    """How a model makes logits of its last hidden states; ``**head._asdict()`` are arguments of ``rk.linear_token_logprobs`` and its kin."""
+    """A model's way from its last hidden states to logits; ``**head._asdict()`` are arguments of ``rk.linear_token_logprobs`` and its kin."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -97,7 +97,7 @@ def load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor |
 def last_hidden_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Head]:
     """(last hidden states ``[batch, time, width]``, head) of a causal language model, whose logits are not computed.
 
-    Takes the arguments of the model's own forward. ``rk.linear_token_logprobs(hidden[:, :-1], ids=ids[:, 1:], **head._asdict())`` then are the
+    Takes the arguments of the model's own forward. ``rk.linear_token_logprobs(hidden[:, :-1], ids=ids[:, 1:], **head._asdict())`` then gives the
     log-probs of its tokens.
     """
     return LastHidden(model)(**inputs), head_of(model)

@@ -1,10 +1,9 @@
 """TRL: ``enable(trainer)`` lets a GRPOTrainer or RLOOTrainer score and train from hidden states; ``patch()`` is for all its trainers.
 
-TRL's own ``_compute_loss`` goes on to give the value of the loss and every metric. What changes is where log-probs, entropies and gradients come
-from:
+TRL's own ``_compute_loss`` still computes the value of the loss and every metric. Log-probs, entropies and gradients come from rlkern:
 
 - log-probs and entropies from ``rk.linear_token_logprobs``, in float32 whatever the model's dtype;
-- with GRPO, where a token's loss depends on its own log-prob alone, the gradient from ``rk.fused_linear_policy_loss``, made while a chunk of
+- with GRPO, if a token's loss depends on its own log-prob alone, the gradient from ``rk.fused_linear_policy_loss``, made while a chunk of
   logits is at hand. Otherwise (RLOO, ratios of sequences, VESPO, the off-policy mask, the entropy quantile) TRL's loss is differentiated through the
   log-probs.
 """
@@ -62,11 +61,11 @@ _LEVELS = ("token", "sequence")
 def policy_loss_config(args: Any) -> rk.PolicyLossConfig:
     """The :class:`rlkern.PolicyLossConfig` of a ``GRPOConfig``.
 
-    What TRL passes as tensors is left to the caller: the entropy quantile as ``entropy_mask``, vLLM's ratios as ``importance_weights``,
-    and the ``normalizer`` (``"grpo"``, ``"sapo"``, ``"dr_grpo"`` and ``"luspo"`` divide by all sequences, empty ones too).
+    The caller still passes the tensors: the entropy quantile as ``entropy_mask``, vLLM's ratios as ``importance_weights``, and the ``normalizer``
+    (``"grpo"``, ``"sapo"``, ``"dr_grpo"`` and ``"luspo"`` divide by all sequences, empty ones too).
 
     Raises:
-        ValueError: an option that is unknown here, or that has no counterpart; by its name.
+        ValueError: an option is unknown here, or has no counterpart; the message names it.
     """
     _check_loss(args)
     surrogate, aggregation = _LOSSES[args.loss_type]
@@ -117,7 +116,7 @@ class _Forward:
 
 
 class Enabled:
-    """What :func:`enable` did to a trainer. ``disable()``, or the end of a ``with`` block, undoes it."""
+    """The result of :func:`enable`: ``disable()``, or the end of a ``with`` block, gives the trainer its own methods back."""
 
     def __init__(self, trainer: Any, fuse_loss: bool) -> None:
         self.trainer, self.active = trainer, True
@@ -237,13 +236,13 @@ class Enabled:
 def enable(trainer: Any, *, fuse_loss: bool = True) -> Enabled:
     """Let a GRPOTrainer or RLOOTrainer score and train from hidden states, without logits. Call it before ``trainer.train()``.
 
-    The losses, metrics and gradients stay TRL's, for every option of its loss; what is not supported is refused here, by name. Works with PEFT
-    adapters (the frozen head takes no part in the backward), gradient checkpointing, several iterations, ``cast_lm_head_to_fp32``, soft-caps and
-    logit scales, mixed precision, DDP and FSDP2.
+    The losses, metrics and gradients stay TRL's, for every option of its loss; an option that is not supported is an error here, which names it.
+    Works with PEFT adapters (the frozen head takes no part in the backward), gradient checkpointing, several iterations, ``cast_lm_head_to_fp32``,
+    soft-caps and logit scales, mixed precision, DDP and FSDP2.
 
     Args:
-        trainer: of TRL 1.15 or 1.16.
-        fuse_loss: make the gradient of GRPO's loss in the forward, where it is token-level. False: log-probs alone are replaced, for trainers
+        trainer: a GRPOTrainer or RLOOTrainer of TRL 1.15 or 1.16.
+        fuse_loss: make the gradient of GRPO's loss in the forward, if the loss is token-level. False: log-probs alone are replaced, for trainers
             that override ``_compute_loss``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""TRL's functions of logits and of a fused head by other means, and ``patch()``, which puts them in the place of TRL's in every trainer at once.
+"""rlkern's versions of TRL's functions of logits and of its fused head, and ``patch()``, which puts them in the place of TRL's in every trainer.
 
 TRL has two ways to a token's log-prob. ORPO, CPO, SDPO and others call functions of ``trl.trainer.utils`` on logits; DPO, KTO, SFT, GRPO
 and RLOO call the model with ``fused_lm_head=True``, which asks ``trl.kernels.ChunkedLogProbFunction``. Both are replaced.
@@ -136,7 +136,7 @@ def _always(device: torch.device) -> bool:
 
 
 class Patched:
-    """What :func:`patch` did. ``undo()``, or the end of a ``with`` block, undoes it.
+    """The result of :func:`patch`: ``undo()``, or the end of a ``with`` block, puts TRL's functions back.
 
     Attributes:
         places: the names that were replaced, like ``"trl.experimental.cpo.cpo_trainer.selective_log_softmax"``.
@@ -158,7 +158,7 @@ class Patched:
         self.undo()
 
     def undo(self) -> None:
-        """TRL's functions are in their places again, in modules that were imported since then too. A second call does nothing."""
+        """Put TRL's functions back, in modules that were imported since then too. A second call does nothing."""
         import trl.trainer.utils as theirs
 
         _exchange(self._ours)
@@ -184,9 +184,9 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> list[str]:
 def patch() -> Patched:
     """Put rlkern's functions in the place of TRL's, for all of its trainers: log-probs and entropies from logits, and the fused head.
 
-    It reaches whatever has imported them by name, before or after: DPO, KTO, SFT, GRPO and RLOO through the fused head; ORPO, CPO, SDFT, SDPO, TPO
-    and A2PO through ``selective_log_softmax`` and its kin. Losses and metrics stay TRL's. For GRPO and RLOO :func:`enable` does more: it makes
-    the gradient of the loss in the forward. Distillation's divergence over chunks of logits stays TRL's.
+    It reaches every module that has imported them by name, before or after: DPO, KTO, SFT, GRPO and RLOO through the fused head; ORPO, CPO, SDFT,
+    SDPO, TPO and A2PO through ``selective_log_softmax`` and its kin. Losses and metrics stay TRL's. For GRPO and RLOO :func:`enable` does more: it
+    makes the gradient of the loss in the forward. Distillation's divergence over chunks of logits stays TRL's.
 
     Returns:
         :class:`Patched`: ``with patch(): trainer.train()`` or ``.undo()`` undo it.

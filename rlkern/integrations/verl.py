@@ -1,4 +1,4 @@
-"""verl: its policy losses as rlkern's, registered under names of their own, and its functions with the same signatures.
+"""verl: rlkern's policy losses, registered with verl under names of their own, and functions with the names and signatures of verl's.
 
 ``register()`` makes ``actor_rollout_ref.actor.policy_loss.loss_mode=rlkern_vanilla`` and its kin known. Call it in a module of yours that
 ``VERL_USE_EXTERNAL_MODULES`` names, so that every worker does. Checked against verl 0.9.1.
@@ -25,10 +25,10 @@ _ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"} | {name: name for na
 
 
 def register(modes: Iterable[str] = MODES, prefix: str = "rlkern_") -> list[str]:
-    """Register these policy losses with verl as ``prefix + mode``; gives the names. ``prefix=""`` puts them in the place of verl's own.
+    """Register these policy losses with verl as ``prefix + mode``; returns the names. ``prefix=""`` puts them in the place of verl's own.
 
     Raises:
-        ImportError: verl is not installed. ValueError: a mode that has no counterpart here: "clip_cov" and "kl_cov" choose tokens by a covariance
+        ImportError: verl is not installed. ValueError: a mode has no counterpart here: "clip_cov" and "kl_cov" choose tokens by a covariance
         over the batch, "bypass_mode" filters rollouts first and then calls "vanilla" or REINFORCE.
     """
     try:
@@ -44,7 +44,7 @@ def register(modes: Iterable[str] = MODES, prefix: str = "rlkern_") -> list[str]
 
 
 def policy_loss_fn(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """A policy loss of verl's signature: the loss of ``mode`` and verl's metrics."""
+    """A policy loss with verl's signature, which gives the loss of ``mode`` and verl's metrics."""
     _check_mode(mode)
 
     def policy_loss(
@@ -85,7 +85,7 @@ def policy_loss_fn(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 def policy_loss_config(mode: str, config: Any, loss_agg_mode: str = "token-mean") -> rk.PolicyLossConfig:
     """The :class:`rlkern.PolicyLossConfig` of a loss mode under verl's ``ActorConfig``.
 
-    "dro" takes ``ref_logprobs=old_logprobs`` with it, and "geo_mean" ``normalizer=batch``.
+    With "dro" also pass ``ref_logprobs=old_logprobs`` to the loss, and with "geo_mean" the number of sequences as ``normalizer``.
 
     Raises:
         ValueError: for a mode or an aggregation that has no counterpart.
@@ -170,7 +170,7 @@ def compute_value_loss(
 def compute_gae_advantage_return(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float | Tensor, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``core_algos.compute_gae_advantage_return``: whitened advantages, and returns; 0 at masked positions, where verl leaves numbers for nothing."""
+    """``core_algos.compute_gae_advantage_return``: whitened advantages, and returns; 0 at masked positions, where verl's are unused numbers."""
     return rk.gae(token_level_rewards, values, gamma=gamma, lam=lam, mask=response_mask, whitened=True)
 
 
