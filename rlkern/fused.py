@@ -82,18 +82,31 @@ class Objective(NamedTuple):
         return LossOutput(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
 
 
-def _counted(ids: Tensor, mask: Tensor | None, keep: KeptTokens | None) -> tuple[Tensor, Tensor | None]:
-    """Which tokens count, those that the sampler's support excludes not among them; and how many these are, where there is a support."""
+def _kept(ids: Tensor, keep: KeptTokens | None) -> Tensor | None:
+    """Which of the ids are among those that the sampler kept."""
+    return None if keep is None else supported(ids.flatten(), keep.offsets, keep.token_ids).view(ids.shape)
+
+
+def _possible(x: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Which of the ids have a logit, or part of one, above -inf in ``x [..., V]``; those outside the vocabulary count, since they are errors."""
+    if x is None:
+        return None
+    inside = ids.long().clamp(0, x.shape[-1] - 1)
+    chosen = x[inside] if x.dim() == 1 else x.detach().gather(-1, inside.unsqueeze(-1)).squeeze(-1)
+    return (chosen != -torch.inf) | (inside != ids)
+
+
+def _counted(ids: Tensor, mask: Tensor | None, supported: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Which tokens count: those that are not ``supported``, where that is known, do not; and how many these are."""
     live = live_rows(ids, mask)
-    if keep is None:
+    if supported is None:
         return live, None
-    inside = supported(ids.flatten(), keep.offsets, keep.token_ids).view(ids.shape)
-    return live & inside, (live & ~inside).sum()
+    return live & supported, (live & ~supported).sum()
 
 
 def _objective(
     given: Tokens,
-    keep: KeptTokens | None,
+    supported: Tensor | None,
     ids: Tensor,
     config: PolicyLossConfig,
     with_entropy: bool,
@@ -108,7 +121,7 @@ def _objective(
     """
     check_config(config)
     check_backend(config.surrogate, backend)
-    live, outside_support = _counted(ids, given.mask, keep)
+    live, outside_support = _counted(ids, given.mask, supported)
     tokens = check_tokens(given._replace(mask=live, entropy=given.logprobs if with_entropy else None), config, validate)
     evaluated = None
     if skip and config.kl_coef == 0 and config.entropy_coef == 0 and own_surrogate(config.surrogate) is None:
@@ -182,11 +195,14 @@ def fused_policy_loss(
         normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
     )
-    objective = _objective(given, keep, ids, config, with_entropy, with_metrics, False, x.validate, x.rows.backend)
+    # Gradients that are made with the loss need to know beforehand which tokens it counts; otherwise their log-probs tell.
+    in_forward = x.rows.shard is None and torch.is_grad_enabled() and x.logits.requires_grad and config.is_token_level
+    supported = _kept(ids, keep) if keep is not None or not in_forward else _possible(x.logits, ids)
+    objective = _objective(given, supported, ids, config, with_entropy, with_metrics, False, x.validate, x.rows.backend)
     here, rows = x.logits, x.rows._replace(mask=objective.tokens.mask)
     if keep is not None:  # the gradient may go over the copy, which is ours
         here, inplace = Restrict.apply(here, *x.kept, rows.backend), True
-    if rows.shard is not None or not (torch.is_grad_enabled() and here.requires_grad and config.is_token_level):
+    if not in_forward:
         logprobs, entropy = TokenLogprobs.apply(here, *rows, with_entropy, inplace, x.validate)
         return objective.loss(logprobs, entropy if with_entropy else None)
     temperatures = None if rows.temperature is None else rows.temperature.flatten()
@@ -291,13 +307,15 @@ def fused_linear_policy_loss(
         normalizer=normalizer,  # type: ignore[arg-type]  # made a tensor by the check
         cu_seqlens=cu_seqlens,
     )
-    objective = _objective(given, keep, ids, config, with_entropy, with_metrics, compact is True, x.validate, x.rows.backend)
+    needs = x.head.needs_grad()
+    in_forward = any(needs) and config.is_token_level and mode in (None, "in-forward")
+    supported = _possible(bias, ids) if keep is None and in_forward and x.rows.shard is None else _kept(ids, keep)
+    objective = _objective(given, supported, ids, config, with_entropy, with_metrics, compact is True, x.validate, x.rows.backend)
     if x.work.rows is not None:
         computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.work.rows, True)
         objective = objective._replace(evaluated=computed.view(ids.shape))
     x = x._replace(rows=x.rows._replace(mask=objective.live()))
-    needs = x.head.needs_grad()
-    if not (any(needs) and config.is_token_level and mode in (None, "in-forward")):
+    if not in_forward:
         logprobs, entropy = linear_logprobs(x, with_entropy, mode)
         return objective.loss(logprobs, entropy if with_entropy else None)
     made = linear_policy_gradients_op(
@@ -364,7 +382,7 @@ def fused_linear_loss(
         check_tensor(f"per_token[{i}]", t, device=ids.device)
         if t.shape[: ids.dim()] != ids.shape:
             raise ValueError(f"per_token[{i}] must have a shape that begins with {tuple(ids.shape)}, got {tuple(t.shape)}")
-    live, outside_support = _counted(ids, mask, keep)
+    live, outside_support = _counted(ids, mask, _kept(ids, keep))
     dtype = state_dtype(x.head.logits_dtype)
     weights = token_weights(
         live, aggregation, dtype, normalizer=normalizer, max_length=max_length, cu_seqlens=cu_seqlens, validate=x.validate

@@ -92,6 +92,33 @@ def test_fused_losses(backend, device, config):
     assert torch.equal(leaf.detach(), before)
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"with_entropy": False}], ids=str)
+def test_logits_that_the_caller_restricted(backend, device, aggregation, options):
+    """Without ``keep``: -inf written into the logits, or into the head's bias. A chosen token there is left out, of the denominators too."""
+    hidden, weight, ids, _ = problem(device)
+    bias = torch.zeros(V, device=device)
+    bias[[3, 70, int(ids[0, 0]), int(ids[1, 4])]] = -torch.inf
+    ids[1, 1] = -100
+    old, advantages = torch.full(SHAPE, -7.0, device=device), torch.randn(SHAPE, device=device)
+    config = rk.PolicyLossConfig(aggregation=aggregation, entropy_coef=0.1 * options.get("with_entropy", True))
+    leaves = [t.double().requires_grad_() for t in (hidden, weight)]
+    logits = leaves[0] @ leaves[1].t() + bias
+    lp, entropy = reference.token_logprobs(logits, ids, with_entropy=True, softcap=options.get("softcap"))
+    loss, metrics = reference.policy_loss(lp, old.double(), advantages.double(), mask=ids != -100, entropy=entropy, config=config)
+    exact = torch.autograd.grad(loss, [*leaves, logits])
+    assert metrics["outside_support"] == 2
+    leaf = (hidden @ weight.t() + bias).requires_grad_()
+    from_logits = rk.fused_policy_loss(leaf, ids, old, advantages, config=config, backend=backend, **options)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    from_hidden = rk.fused_linear_policy_loss(*leaves, ids, old, advantages, bias=bias, config=config, backend=backend, **options)
+    for out in (from_logits, from_hidden):
+        assert_accurate(out.loss, loss, eps=1e-5)
+        assert out.metrics["outside_support"] == 2
+    for x, y in zip((*torch.autograd.grad(from_hidden.loss, leaves), *torch.autograd.grad(from_logits.loss, leaf)), exact, strict=True):
+        assert_accurate(x, y, eps=1e-5)
+
+
 def test_slices_and_opcheck(backend, device):
     hidden, weight, ids, kept = problem(device)
     logits = torch.nn.functional.pad(hidden @ weight.t(), (0, 0, 0, 1))
