@@ -158,7 +158,7 @@ FAULTS = (
     Fault("rlkern/trainers/loading.py", "> 0.01 * first", "> 1e9 * first", "trainer_inputs"),
     Fault("rlkern/trainers/data.py", "_order(seed, position // rows, rows)[position % rows]", "_order(seed, 0, rows)[position % rows]", "grpo_trainer trainer_inputs"),
     Fault("rlkern/trainers/data.py", "prompt + one[:-1]", "prompt", "trainer_options"),
-    Fault("rlkern/trainers/data.py", "given, float(margin))", "given, 0.0)", "reward_trainer"),
+    Fault("rlkern/trainers/data.py", "given, float(margin))", "given, 0.0)", "trainer_options"),
     Fault("rlkern/trainers/reward.py", "out.loss * (len(part) * self.world / total)", "out.loss * (self.world / total)", "reward_trainer"),
     Fault("rlkern/trainers/rewards.py", "given = [(reward.weight, value)", "given = [(1.0, value)", "trainer_inputs grpo_trainer"),
     Fault("rlkern/trainers/directories.py", "if ours == theirs or ours in theirs.parents or theirs in ours.parents:", "if ours == theirs:", "trainer_inputs"),

@@ -152,6 +152,16 @@ def test_a_new_score_head_is_said_and_a_trained_one_is_kept(files, capsys):
     assert "new score head" not in "".join(capsys.readouterr())
 
 
+def test_a_classifier_that_lost_its_head_is_no_critic(files):
+    tokenizer = load_tokenizer(str(files / "model"))
+    load_scorer(str(files / "model"), torch.float32, tokenizer).save_pretrained(files / "rm")
+    weights = load_file(files / "rm" / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if name != "score.weight"}, files / "rm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"no trained score head \(score\.weight\)") as raised:
+        run("ppo", files, files / "run", critic=str(files / "rm"))
+    assert raised.value.field == "critic"
+
+
 def test_no_family_keeps_dropout(tmp_path):
     config = GPT2Config(
         vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, summary_first_dropout=0.2

@@ -270,7 +270,8 @@ def test_preferences_between_conversations(tmp_path):
     (parted,) = preferences(path, {"chosen": [USER, SAYS, OTHER, SAYS], "rejected": [USER, four, OTHER, SAYS]})
     assert parted.prompt == [USER]
     assert parted.answers == [Answer([USER, SAYS, OTHER], "3"), Answer([USER, four, OTHER], "3")]
-    assert preferences(path, {"prompt": "a", "chosen": "b", "rejected": "c"})[0].answers == [Answer("a", "b"), Answer("a", "c")]
+    (plain,) = preferences(path, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5})
+    assert (plain.answers, plain.margin) == ([Answer("a", "b"), Answer("a", "c")], 0.5)
 
 
 @pytest.mark.parametrize(
