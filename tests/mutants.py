@@ -147,7 +147,7 @@ FAULTS = (
     Fault("rlkern/trainers/runs.py", "(model.parameters(), self.args.max_grad_norm)", "(model.parameters(), 1e9)", "grpo_trainer ppo_trainer reward_trainer trainer_inputs"),
     Fault("rlkern/trainers/runs.py", "scaler.step(optimizer.optimizer)", "optimizer.step()", "trainer_inputs ppo_trainer"),
     Fault("rlkern/trainers/runs.py", "if row[\"step\"] <= start] if start", "if row[\"step\"] < start] if start", "grpo_trainer"),
-    Fault("rlkern/trainers/runs.py", "if not finite and args.mixed_precision != \"fp16\":", "if False:", "trainer_inputs grpo_trainer"),
+    Fault("rlkern/trainers/runs.py", "if not finite and args.mixed_precision != \"fp16\":", "if False:", "trainer_wishes"),
     Fault("rlkern/trainers/settings.py", "(step + 1) / self.lr_warmup_steps", "step / self.lr_warmup_steps", "grpo_trainer"),
     Fault("rlkern/trainers/checkpoints.py", "self._complete()[: -self.keep]", "self._complete()[: -self.keep - 1]", "grpo_trainer trainer_wishes"),
     Fault("rlkern/trainers/loading.py", "    if missing:\n", "    if False:\n", "trainer_inputs"),

@@ -92,6 +92,17 @@ def test_the_second_ctrl_c_ends_the_run_at_once(files, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run(kind, bad, files, monkeypatch):
+    trainer = TRAINERS[kind][2]
+    step = trainer.step
+    monkeypatch.setattr(trainer, "step", lambda self, number: step(self, number) | ({"grad_norm": bad} if number == 1 else {}))
+    with pytest.raises(InputError, match="step 2: the gradient is not finite"):
+        run(kind, files, files / "run")
+    assert [path.name for path in (files / "run" / "checkpoints").iterdir()] == ["step-00000001"]  # of the weights before it
+
+
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_ends_that_are_no_special_tokens_are_no_text(kind, files):
     path = files / "model" / "generation_config.json"
