@@ -189,7 +189,7 @@ def combine_kernel(
 def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap, ENTROPY: tl.constexpr):
     """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``. ``bound``: None for a whole block, otherwise V.
 
-    ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`.
+    ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`, k2 = 0 where the target is -inf, which has no gradient.
     """
     column = begin + columns
     mask = None if bound is None else column < bound
@@ -197,8 +197,8 @@ def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap
     z, slope = soft_cap(x, cap)
     dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
     at = token - begin
-    if (at >= 0) & (at < columns.numel):  # no other block compares; a target of -inf has no gradient either
-        dx = tl.where((columns == at.to(tl.int32)) & (x > softmax.NEG_INF), dx + k[2], dx)
+    if (at >= 0) & (at < columns.numel):  # no other block compares
+        dx = tl.where(columns == at.to(tl.int32), dx + k[2], dx)
     if cap is not None:
         dx *= slope
     tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=mask)
@@ -264,11 +264,13 @@ def backward_kernel(
     scale = row_scale(row, scale, temperature_ptr, live)
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     start = (program % parts) * (BLOCKS * BLOCK)
     stop = tl.minimum(start + BLOCKS * BLOCK, V)
     token -= first
+    # Where ``dx`` is ``x``: every thread reads this before it writes, and what the others write there is no business of theirs.
+    x_target = tl.load(x_row + token, mask=live & (token >= start) & (token < stop), other=0.0).to(tl.float32)
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale, x_target)  # see soft_cap
     c = scale * softmax.LOG2E
     if live:
         rest = start + (stop - start) // BLOCK * BLOCK
@@ -369,7 +371,7 @@ def loss_kernel(
     )
     a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
     b = optional(entropy_weights_ptr, row, live, 0.0)
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale, x_target)  # see soft_cap
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     BONUS: tl.constexpr = entropy_weights_ptr is not None
     tl.debug_barrier()  # every thread has read its part of the row before any writes over it
