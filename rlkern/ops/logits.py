@@ -49,11 +49,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def locate(x: Tensor, rows: slice | Tensor) -> tuple[int | Tensor, slice | Tensor]:
-    """The index of ``rows`` in ``x [outer, inner, V]``; a slice stays a slice, and so a view, where there is one outer level."""
-    if x.shape[0] == 1:
-        return 0, rows
-    flat = torch.arange(x.shape[0] * x.shape[1], device=x.device)[rows]
-    return flat // x.shape[1], flat % x.shape[1]
+    """The index of ``rows`` in ``x [outer, inner, V]``; a slice within one outer level stays a slice, and so a view."""
+    inner = x.shape[1]
+    if isinstance(rows, slice):
+        outer, first = divmod(rows.start, inner)
+        if rows.stop <= (outer + 1) * inner:
+            return outer, slice(first, first + rows.stop - rows.start)
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return rows // inner, rows % inner
 
 
 def live_rows(ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -109,18 +109,8 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
 
 
 def token_slopes(logprobs: Tensor, live: Tensor, terms: PolicyRows, config: PolicyLossConfig) -> Tensor:
-    """As :func:`policy_loss` has them, for tokens by themselves."""
-    o = Options.of(config, 1)
-    c = Counted(logprobs, live & (logprobs != -torch.inf), None, logprobs.dtype)
-    lp = c.read(logprobs)
-    old, A, ref, w, sampling = (None if t is None else c.read(t) for t in terms[:5])
-    assert A is not None
-    old = lp if old is None else old
-    raw = lp - old
-    log_r = clamp(raw, o.log_ratio_low, o.log_ratio_high)
-    keep = None if terms.entropy_mask is None else c.read(as_bool(terms.entropy_mask)) != 0
-    _, d_lp, d_log_r, d_own, _ = objective(lp, old, log_r, log_r, A, w, keep, ref, sampling, config, o)
-    slope = d_log_r + d_own
-    if isinstance(slope, Tensor):
-        d_lp = d_lp + zero_where(outside(raw, o.log_ratio_low, o.log_ratio_high), slope)
-    return c.zeroed(torch.as_tensor(d_lp))
+    """By the loss, of which no other result is wanted."""
+    wanted = Wanted(True, False, False)
+    out = PolicyResults.empty(logprobs, wanted)
+    policy_loss(terms.tokens(logprobs, live), config, wanted, out)
+    return out.grad_logprobs
