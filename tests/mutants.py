@@ -94,7 +94,7 @@ FAULTS = (
     Fault("kernels/value.py", "tl.where(moves, 1.0, 0.5)", "1.0", VALUE),
     Fault("kernels/value.py", "unexplained = error - (target - value) * (target - value)", "unexplained = error", VALUE),
     Fault("rlkern/ops/torch_backend/value.py", ".mul_(-0.5).add_(1.0)  # 1 for NaN", ".mul_(-1.0).add_(1.0)", VALUE),
-    Fault("rlkern/ops/torch_backend/value.py", "slope = times(torch.maximum(plain_slope, moves), error)", "slope = times(plain_slope, error)", VALUE),
+    Fault("rlkern/ops/torch_backend/value.py", "as_number(torch.le, plain, clipped).mul_(was_clipped)", "as_number(torch.le, plain, clipped)", VALUE),
     # ---- scans
     Fault("kernels/scan.py", "return x + tl.where(f == 0, 0.0, f * y)", "return x + f * y", SCAN),
     Fault("kernels/scan.py", "return f_b * f_a, through(x_a, f_b, x_b)", "return f_b * f_a, through(x_b, f_b, x_a)", SCAN),

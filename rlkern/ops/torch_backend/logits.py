@@ -44,7 +44,7 @@ def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
 
 
 class Chunks:
-    """Walks the live rows of ``x [outer, inner, V]`` in chunks that fit the cache, in ``dtype``. A row's arithmetic does not depend on the chunk it is in."""
+    """Walks the live rows of ``x [outer, inner, V]`` in chunks that fit the cache, in ``dtype``. A row's arithmetic is the same in any chunk."""
 
     def __init__(self, x: Tensor, live: Tensor, dtype: torch.dtype) -> None:
         self.x, self.dtype, self.pieces = x, dtype, pieces(live, x)
