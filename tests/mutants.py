@@ -58,7 +58,7 @@ FAULTS = (
     Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
-    Fault("rlkern/ops/torch_backend/logits.py", ".sub_(h[rows] * b[rows] + upstream[rows])", ".sub_(upstream[rows])", LOGITS),
+    Fault("rlkern/ops/torch_backend/logits.py", "(log2_s / LOG2E - h)", "(log2_s / LOG2E)", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "z.div(cap).masked_fill_(z == -torch.inf, 1.0)", "z.div(cap)", "logprobs edges fuzz"),
     Fault("rlkern/ops/torch_backend/logits.py", "a = a.masked_fill(~inside, torch.nan)", "a = a.masked_fill(~inside, 0.0)", "logprobs edges promises"),
     # ---- surrogates, in both backends

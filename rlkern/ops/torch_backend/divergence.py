@@ -124,5 +124,6 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
         if slope is not None:
             dz.mul_(slope)
         dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
-    for rows in pieces(~live, dx):
-        dx[locate(dx, rows)] = 0
+    if not live.all():
+        for rows in pieces(~live, dx):
+            dx[locate(dx, rows)] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,12 +49,16 @@ class Chunks:
 
     def __init__(self, x: Tensor, live: Tensor, dtype: torch.dtype) -> None:
         self.x, self.dtype, self.pieces = x, dtype, pieces(live, x)
-        # A sum over a single row would be split between threads, and so be rounded otherwise than among others: two rows at least.
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """For one chunk."""
         longest = max([2, *(rows.stop - rows.start if isinstance(rows, slice) else rows.numel() for rows in self.pieces)])
-        self.buffer = torch.empty(longest, x.shape[-1], dtype=dtype, device=x.device)
+        return torch.empty(longest, self.x.shape[-1], dtype=self.dtype, device=self.x.device)
 
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """(rows, their logits [n, V], n >= 2, the last one repeated if need be)."""
+        # A sum over a single row would be split between threads, and so be rounded otherwise than among others: two rows at least.
         for rows in self.pieces:
             chunk = self.x[locate(self.x, rows)]
             yield rows, chunk.expand(max(2, chunk.shape[0]), -1)
@@ -117,8 +122,14 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     # With z = -inf the gradient is 0, unless the row's statistics are not finite.
     chosen = x.gather(-1, target.view(*x.shape[:2], 1)).flatten()
     hit = upstream.masked_fill((chosen == -torch.inf) | ~here & inside, 0.0)
-    h, m, log2_s, target, upstream, hit = (t.reshape(-1, 1) for t in (*saved, target, upstream, hit))
-    b = None if b is None else (b * c).unsqueeze(1)
+    h, m, log2_s = (t.flatten() for t in saved)
+    # With d = log2 of p / p_max, d loss / dz = p (a_0 + b_0 log p) = 2^d (constant + factor d).
+    p_max = torch.exp2(-log2_s)
+    constant, factor = -upstream * p_max, None
+    if b is not None:
+        constant = (b * c * (log2_s / LOG2E - h) - upstream) * p_max
+        factor = (b * c * p_max / -LOG2E).unsqueeze(1)
+    m, constant, target, hit = (t.unsqueeze(1) for t in (m, constant, target, hit))
     chunks = Chunks(x, live, state_dtype(logits.dtype))
     for rows, raw in chunks:
         where = locate(dx, rows)
@@ -130,19 +141,20 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
         z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
         slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
         k = row_scale(scale, per_row.temperature, rows, chunks.dtype) * LOG2E
-        t = torch.sub(z, m[rows], out=buffer).mul_(k).sub_(log2_s[rows])
-        if b is None:
-            dz = t.exp2_().mul_(-upstream[rows])
+        d = torch.sub(z, m[rows], out=buffer).mul_(k)
+        if factor is None:
+            dz = d.exp2_().mul_(constant[rows])
         else:
-            p = torch.exp2(t)
-            dz = t.clamp_(min=_LOWEST).mul_(b[rows] * -math.log(2.0)).sub_(h[rows] * b[rows] + upstream[rows]).mul_(p)
+            e = torch.exp2(d)
+            dz = d.clamp_(min=_LOWEST).mul_(factor[rows]).add_(constant[rows]).mul_(e)
         dz.scatter_add_(1, target[rows], hit[rows])
         if slope is not None:
             dz.mul_(slope)
         if place is None:
             dx[where] = dz.to(dx.dtype)
-    for rows in pieces(~live, dx):
-        dx[locate(dx, rows)] = 0
+    if not live.all():
+        for rows in pieces(~live, dx):
+            dx[locate(dx, rows)] = 0
 
 
 def policy_gradients(
