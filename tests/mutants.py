@@ -59,7 +59,7 @@ FAULTS = (
     Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
-    Fault("rlkern/ops/torch_backend/logits.py", ".sub_(h[rows] * b[rows].unsqueeze(1) * c + upstream)", ".sub_(upstream)", LOGITS),
+    Fault("rlkern/ops/torch_backend/logits.py", "(log2_s / LOG2E - h)", "(log2_s / LOG2E)", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "z.div(cap).masked_fill_(z == -torch.inf, 1.0)", "z.div(cap)", "logprobs edges fuzz"),
     Fault("rlkern/ops/torch_backend/logits.py", "a = a.masked_fill(~inside, torch.nan)", "a = a.masked_fill(~inside, 0.0)", "logprobs edges promises"),
     # ---- surrogates, in both backends
@@ -95,7 +95,7 @@ FAULTS = (
     Fault("kernels/value.py", "tl.where(moves, 1.0, 0.5)", "1.0", VALUE),
     Fault("kernels/value.py", "unexplained = error - (target - value) * (target - value)", "unexplained = error", VALUE),
     Fault("rlkern/ops/torch_backend/value.py", ".mul_(-0.5).add_(1.0)  # 1 for NaN", ".mul_(-1.0).add_(1.0)", VALUE),
-    Fault("rlkern/ops/torch_backend/value.py", "slope = times(torch.maximum(plain_slope, moves), error)", "slope = times(plain_slope, error)", VALUE),
+    Fault("rlkern/ops/torch_backend/value.py", "as_number(torch.le, plain, clipped).mul_(was_clipped)", "as_number(torch.le, plain, clipped)", VALUE),
     # ---- scans
     Fault("kernels/scan.py", "return x + tl.where(f == 0, 0.0, f * y)", "return x + f * y", SCAN),
     Fault("kernels/scan.py", "return f_b * f_a, through(x_a, f_b, x_b)", "return f_b * f_a, through(x_b, f_b, x_a)", SCAN),

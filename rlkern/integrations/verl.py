@@ -255,18 +255,18 @@ def _metrics(
     log_ratio = log_prob - old_log_prob
     if c.log_ratio_clamp == 20.0:
         log_ratio = log_ratio.clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
     kl = {"actor/ppo_kl": masked_mean(-log_ratio, mask)}
     if mode == "dro":
         return kl
     above, below = metrics["clip_fraction"], metrics["dual_clip_fraction"]
     low, high = c.clip_low or 0.0, c.clip_high or 0.0
     if mode == "cispo":  # whatever the sign of the advantage
-        ratio = log_ratio.exp()
         above = masked_mean((ratio < 1 - low) | (ratio > 1 + high), mask)
     elif mode == "geo_mean":  # either bound, by the sign of the advantage
         outside = (log_ratio < -low) | (log_ratio > high)
         above, below = masked_mean(outside & (advantages > 0), mask), masked_mean(outside & (advantages < 0), mask)
     elif mode in ("dppo_tv", "dppo_kl"):  # of the tokens kept, those whose ratio was capped
-        dropped_low, dropped_high, _ = functions_of(c).edges(log_prob, old_log_prob, log_ratio, advantages, Options.of(c, 1))
-        below = masked_mean((log_ratio.exp() > (c.ratio_cap or math.inf)) & ~dropped_low & ~dropped_high, mask)
+        dropped_low, dropped_high, _ = functions_of(c).edges(log_prob, old_log_prob, log_ratio, ratio, advantages, Options.of(c, 1))
+        below = masked_mean((ratio > (c.ratio_cap or math.inf)) & ~dropped_low & ~dropped_high, mask)
     return {"actor/pg_clipfrac": above, **kl, "actor/pg_clipfrac_lower": below}

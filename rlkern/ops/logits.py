@@ -49,11 +49,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def locate(x: Tensor, rows: slice | Tensor) -> tuple[int | Tensor, slice | Tensor]:
-    """The index of ``rows`` in ``x [outer, inner, V]``; a slice stays a slice, and so a view, where there is one outer level."""
-    if x.shape[0] == 1:
-        return 0, rows
-    flat = torch.arange(x.shape[0] * x.shape[1], device=x.device)[rows]
-    return flat // x.shape[1], flat % x.shape[1]
+    """The index of ``rows`` in ``x [outer, inner, V]``; a slice within one outer level stays a slice, and so a view."""
+    inner = x.shape[1]
+    if isinstance(rows, slice):
+        outer, first = divmod(rows.start, inner)
+        if rows.stop <= (outer + 1) * inner:
+            return outer, slice(first, first + rows.stop - rows.start)
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return rows // inner, rows % inner
 
 
 def live_rows(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -181,16 +184,15 @@ class Rows(NamedTuple):
         return backend_of(self.backend).states(logits, self, with_entropy)
 
     def with_target(self, state: Tensor, logits: Tensor) -> Tensor:
-        """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it, or the row is dead."""
+        """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it."""
         here, column = self.targets(logits)
         x = as_rows(logits)
-        wanted = here & self.live().flatten()
         if not x.shape[-1]:
             chosen = state.new_zeros(here.numel())
         else:
             chosen = x.gather(-1, column.view(*x.shape[:2], 1)).flatten()
-        chosen = torch.where(wanted, chosen.to(state.dtype), 0.0)
-        return torch.cat([state, torch.where(wanted, soft_capped(chosen, self.cap, torch.empty_like(chosen)), 0.0).unsqueeze(1)], 1)
+        chosen = torch.where(here, chosen.to(state.dtype), 0.0)
+        return torch.cat([state, soft_capped(chosen, self.cap, torch.empty_like(chosen)).unsqueeze(1)], 1)
 
     def finish(self, states: Tensor, out: Statistics) -> None:
         """Fill ``out`` from the states of all shards, by one collective."""

@@ -67,7 +67,7 @@ class _KL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return times(slope, g), None, None, None, None
+        return times(slope, -g), None, None, None, None
 
 
 def kl_penalty(

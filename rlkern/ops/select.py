@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,15 +19,15 @@ def bits(where: Tensor, dtype: torch.dtype) -> Tensor:
     return where.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
 
 
-def select(chosen: Tensor, x: Tensor) -> Tensor:
+def select(chosen: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """``x``, of the dtype of the :func:`bits`, and 0 where these are not set."""
-    return (x.view(chosen.dtype) & chosen).view(x.dtype)
+    return torch.bitwise_and(x.view(chosen.dtype), chosen, out=None if out is None else out.view(chosen.dtype)).view(x.dtype)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
     """x y, 0 where x is 0 whatever y is: what the objective does not need may have overflowed."""
     product = x * y
-    if product.device.type == "cpu" and not bool(product.sum().isnan()):  # elsewhere, asking would be a synchronisation
+    if product.device.type == "cpu" and not math.isnan(product.sum()):  # elsewhere, asking would be a synchronisation
         return product
     return select(bits(x != 0, x.dtype), product)
 

@@ -48,15 +48,16 @@ def divisor(
     sequences: Callable[[], Tensor],
     max_length: float,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """The number that the sum of (weighted) losses is divided by, from the counts of tokens and of non-empty sequences; 1 where that is 0."""
     if normalizer is not None:
         count = normalizer.to(dtype)
     elif aggregation == "sum":
-        return torch.ones((), dtype=dtype, device=tokens().device)
+        return torch.ones((), dtype=dtype, device=device)
     else:
         count = (tokens if aggregation == "token-mean" else sequences)().to(dtype)
-    count = torch.where(count == 0, 1.0, count)
+    count = count + (count == 0)
     return count * max_length if aggregation == "seq-mean-token-sum-norm" else count
 
 
@@ -66,7 +67,7 @@ def aggregation_weights(
     """The weight of each token's loss, of the shape of ``mask``. ``max_length`` None: the length of the time dimension."""
     m = mask.to(dtype)
     longest = float(mask.shape[-1] if max_length is None else max_length)
-    by = divisor(aggregation, normalizer, m.sum, lambda: (sequence_sum(m, cu_seqlens) > 0).sum(), longest, dtype)
+    by = divisor(aggregation, normalizer, m.sum, lambda: (sequence_sum(m, cu_seqlens) > 0).sum(), longest, dtype, m.device)
     if aggregation == "seq-mean-token-mean":
         return m / to_tokens(sequence_sum(m, cu_seqlens), m, cu_seqlens).clamp(min=1) / by
     return m / by

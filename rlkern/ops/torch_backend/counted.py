@@ -22,9 +22,11 @@ class Counted:
         """A number a token, 0 where it does not count: there no number of ``t`` is read."""
         return self.zeroed(per_token(t, self.like, self.cu_seqlens).to(self.dtype))
 
-    def zeroed(self, x: Tensor) -> Tensor:
+    def zeroed(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """0 where a token does not count."""
-        return x if self.live is None else select(self.live, x)
+        if self.live is None:
+            return x if out is None else out.copy_(x)
+        return select(self.live, x, out)
 
     def over_sequences(self, x: Tensor) -> Tensor:
         """The sum over the sequence of each token, of numbers that are 0 where it does not count."""
@@ -41,9 +43,14 @@ class Counted:
 
     def number(self, also: Tensor | None = None) -> Tensor:
         """How many count (times ``also``, 1 or 0)."""
-        if also is None and self.mask is None:
+        return self.count if also is None else (self.ones * also).sum()
+
+    @cached_property
+    def count(self) -> Tensor:
+        """How many count."""
+        if self.mask is None:
             return torch.full((), self.like.numel(), dtype=self.dtype, device=self.like.device)
-        return (self.ones if also is None else self.ones * also).sum()
+        return torch.count_nonzero(self.mask).to(self.dtype)
 
     def divisor(self, aggregation: str, normalizer: Tensor | None, max_length: float, also: Tensor | None = None) -> Tensor:
         """See :func:`rlkern.ops.sequences.divisor`."""
@@ -51,4 +58,4 @@ class Counted:
         def sequences() -> Tensor:
             return (sequence_sum(self.ones if also is None else self.ones * also, self.cu_seqlens) > 0).sum()
 
-        return divisor(aggregation, normalizer, lambda: self.number(also), sequences, max_length, self.dtype)
+        return divisor(aggregation, normalizer, lambda: self.number(also), sequences, max_length, self.dtype, self.like.device)

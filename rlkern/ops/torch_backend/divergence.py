@@ -11,7 +11,7 @@ from torch import Tensor
 from ..divergence import STATISTICS, Comparison, Divergences, common_dtype
 from ..logits import as_rows, locate, soft_capped
 from ..shards import LOG2E
-from .logits import Chunks, row_scale
+from .logits import Chunks, pieces, row_scale
 
 _LN2 = math.log(2.0)
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
@@ -28,7 +28,7 @@ def _pairs(
         raw_y = ref[locate(ref, rows)]
         buffers = chunks.buffer[:n], other[:n]
         x, y = (soft_capped(t, o.cap, buffer) for t, buffer in zip((raw, raw_y.expand(n, -1)), buffers, strict=True))
-        yield rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, n, dtype), x, y, *buffers
+        yield rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, *buffers
 
 
 def _exponentials(x: Tensor, c: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,5 +124,6 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
         if slope is not None:
             dz.mul_(slope)
         dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
-    if not bool(live.all()):
-        dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
+    if not live.all():
+        for rows in pieces(~live, dx):
+            dx[locate(dx, rows)] = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,47 +13,60 @@ from ..._checks import state_dtype
 from ...config import PolicyLossConfig
 from ..fused import PolicyRows, Weights
 from ..logits import Rows, Saved, Slopes, Statistics, as_rows, locate, soft_capped
-from ..operators import at
 from ..shards import LOG2E
 from .policy import token_slopes
 
-# Elements of a chunk of rows: 2 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
-CHUNK = 1 << 19
+# Elements of a chunk of rows: 4 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
+CHUNK = 1 << 20
 _LOWEST = -1e30  # stands for -inf where it meets a probability of 0
 
 
-@dataclass
+def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
+    """The live rows of ``x [outer, inner, V]``, as many at once as fit the cache: runs of them as slices, of which :func:`locate` makes views; and by
+    index what is scattered in runs of less than an eighth of that: to copy those together takes less time than to call everything for each."""
+    size, inner = max(2, CHUNK // x.shape[-1]), x.shape[1]
+    ends = live[1:] != live[:-1]
+    ends[inner - 1 :: inner] = True
+    last = ends.nonzero().squeeze(1)
+    stops, alive = [*(last + 1).tolist(), live.numel()], [*live[last].tolist(), bool(live[-1])]
+    runs = [(start, stop) for start, stop, here in zip([0, *stops], stops, alive, strict=False) if here]
+    least = max(2, size // 8) if len(runs) > 1 else 1
+    found: list[slice | Tensor] = []
+    for start, stop in runs:
+        if stop - start >= least:
+            n = math.ceil((stop - start) / size)
+            found += [slice(start + i * (stop - start) // n, start + (i + 1) * (stop - start) // n) for i in range(n)]
+    if any(stop - start < least for start, stop in runs):
+        scattered = live.clone()
+        for rows in found:
+            scattered[rows] = False
+        found += scattered.nonzero().squeeze(1).split(size)
+    return found
+
+
 class Chunks:
-    """Walks the live rows of ``x`` in chunks that fit the cache, in ``dtype``. A row's arithmetic does not depend on the chunk it is in."""
+    """Walks the live rows of ``x [outer, inner, V]`` in chunks that fit the cache, in ``dtype``. A row's arithmetic is the same in any chunk."""
 
-    x: Tensor  # [outer, inner, V]
-    live: Tensor  # [rows] bool
-    dtype: torch.dtype
+    def __init__(self, x: Tensor, live: Tensor, dtype: torch.dtype) -> None:
+        self.x, self.dtype, self.pieces = x, dtype, pieces(live, x)
 
-    def __post_init__(self) -> None:
-        rows, vocabulary = self.live.numel(), self.x.shape[-1]
-        self.size = max(2, CHUNK // vocabulary)
-        self.index = None if bool(self.live.all()) else self.live.nonzero().squeeze(1)
-        self.rows = rows if self.index is None else self.index.numel()
-        # A sum over a single row would be split between threads, and so be rounded otherwise than among others: two rows at least.
-        self.buffer = torch.empty(max(2, min(self.size, self.rows)), vocabulary, dtype=self.dtype, device=self.x.device)
+    @cached_property
+    def buffer(self) -> Tensor:
+        """For one chunk."""
+        longest = max([2, *(rows.stop - rows.start if isinstance(rows, slice) else rows.numel() for rows in self.pieces)])
+        return torch.empty(longest, self.x.shape[-1], dtype=self.dtype, device=self.x.device)
 
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """(rows, their logits [n, V], n >= 2, the last one repeated if need be)."""
-        for start in range(0, self.rows, self.size):
-            stop = min(start + self.size, self.rows)
-            rows: slice | Tensor = slice(start, stop) if self.index is None else self.index[start:stop]
+        # A sum over a single row would be split between threads, and so be rounded otherwise than among others: two rows at least.
+        for rows in self.pieces:
             chunk = self.x[locate(self.x, rows)]
-            if stop - start == 1:
-                chunk = chunk.expand(2, -1)
-            yield rows, chunk
+            yield rows, chunk.expand(max(2, chunk.shape[0]), -1)
 
 
-def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, n: int, dtype: torch.dtype) -> float | Tensor:
+def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> float | Tensor:
     """logit_scale / T: a number, or ``[n, 1]`` for a temperature a token."""
-    if temperature is None:
-        return scale
-    return (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1).expand(n, 1)
+    return scale if temperature is None else (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1)
 
 
 def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
@@ -72,7 +85,7 @@ def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
         buffer = chunks.buffer[:n]
         x = soft_capped(raw, cap, buffer)
         top = x.amax(-1, keepdim=True)
-        c = row_scale(scale, per_row.temperature, rows, n, dtype)
+        c = row_scale(scale, per_row.temperature, rows, dtype)
         d = torch.sub(x, top.masked_fill(top == -torch.inf, 0.0), out=buffer).mul_(c * LOG2E)
         m[rows] = top[:live, 0]
         if with_entropy:
@@ -104,55 +117,54 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     live = per_row.live().flatten() & Slopes(a, b).moving()
     inside, (here, target) = per_row.inside(total), per_row.targets(logits)
     a = a.masked_fill(~inside, torch.nan)
-    h, m, log2_s = (t.reshape(-1, 1) for t in saved)
+    c = per_row.scales(state_dtype(logits.dtype))
+    upstream = a * c
+    # With z = -inf the gradient is 0, unless the row's statistics are not finite.
+    chosen = x.gather(-1, target.view(*x.shape[:2], 1)).flatten()
+    hit = upstream.masked_fill((chosen == -torch.inf) | ~here & inside, 0.0)
+    h, m, log2_s = (t.flatten() for t in saved)
+    # With d = log2 of p / p_max, d loss / dz = p (a_0 + b_0 log p) = 2^d (constant + factor d).
+    p_max = torch.exp2(-log2_s)
+    constant, factor = -upstream * p_max, None
+    if b is not None:
+        constant = (b * c * (log2_s / LOG2E - h) - upstream) * p_max
+        factor = (b * c * p_max / -LOG2E).unsqueeze(1)
+    m, constant, target, hit = (t.unsqueeze(1) for t in (m, constant, target, hit))
     chunks = Chunks(x, live, state_dtype(logits.dtype))
     for rows, raw in chunks:
-        at = target[rows].unsqueeze(1)
-        n = at.shape[0]
+        where = locate(dx, rows)
         # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
-        place = dx[0, rows] if isinstance(rows, slice) and dx.shape[0] == 1 and dx.dtype == chunks.dtype else None
+        place = dx[where] if isinstance(where[1], slice) and dx.dtype == chunks.dtype else None
+        n = m[rows].shape[0]
         buffer = chunks.buffer[:n] if place is None else place
-        c = row_scale(scale, per_row.temperature, rows, n, chunks.dtype)
-        upstream = a[rows].unsqueeze(1) * c
         # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
         z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
-        # With z = -inf the gradient is 0, unless the row's statistics are not finite.
-        hit = upstream.masked_fill((z.gather(-1, at) == -torch.inf) | ~here[rows].unsqueeze(1) & inside[rows].unsqueeze(1), 0.0)
         slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        t = torch.sub(z, m[rows], out=buffer).mul_(c * LOG2E).sub_(log2_s[rows])
-        if b is None:
-            dz = t.exp2_().mul_(-upstream)
+        k = row_scale(scale, per_row.temperature, rows, chunks.dtype) * LOG2E
+        d = torch.sub(z, m[rows], out=buffer).mul_(k)
+        if factor is None:
+            dz = d.exp2_().mul_(constant[rows])
         else:
-            p = torch.exp2(t)
-            dz = t.clamp_(min=_LOWEST).mul_(b[rows].unsqueeze(1) * c * -math.log(2.0)).sub_(h[rows] * b[rows].unsqueeze(1) * c + upstream).mul_(p)
-        dz.scatter_add_(1, at, hit)
+            e = torch.exp2(d)
+            dz = d.clamp_(min=_LOWEST).mul_(factor[rows]).add_(constant[rows]).mul_(e)
+        dz.scatter_add_(1, target[rows], hit[rows])
         if slope is not None:
             dz.mul_(slope)
         if place is None:
-            dx[locate(dx, rows)] = dz.to(dx.dtype)
-    if chunks.index is not None:
-        dx[locate(dx, (~live).nonzero().squeeze(1))] = 0
-
-
-# Rows of logits between whose two passes the cache is kept.
-CHUNK_ROWS = 256
+            dx[where] = dz.to(dx.dtype)
+    if not live.all():
+        for rows in pieces(~live, dx):
+            dx[locate(dx, rows)] = 0
 
 
 def policy_gradients(
     out: Tensor, logits: Tensor, rows: Rows, terms: PolicyRows, weights: Weights, config: PolicyLossConfig, found: Statistics
 ) -> None:
     """Fill ``out`` with d loss / d logits, and ``found``."""
-    x, dx = as_rows(logits), as_rows(out)
-    for start in range(0, rows.ids.numel(), CHUNK_ROWS):
-        some = slice(start, start + CHUNK_ROWS)
-        here, stored, weight = at(rows, some), at(found, some), at(weights, some)
-        chunk, place = x[locate(x, some)], dx[locate(dx, some)]  # views where the rows are evenly spaced, else copies
-        here.statistics(chunk, stored)
-        assert here.mask is not None
-        slope = token_slopes(stored.logprob, here.mask, at(terms, some), config).mul_(weight.loss)
-        here.gradient(place, chunk, Slopes(slope, weight.entropy), stored.for_gradient)
-        if dx.shape[0] > 1:
-            dx[locate(dx, some)] = place
+    assert rows.mask is not None
+    rows.statistics(logits, found)
+    slope = token_slopes(found.logprob, rows.mask, terms, config).mul_(weights.loss)
+    rows.gradient(out, logits, Slopes(slope, weights.entropy), found.for_gradient)
 
 
 def restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tensor, rows: Tensor | None) -> None:

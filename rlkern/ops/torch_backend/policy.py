@@ -11,7 +11,7 @@ from ..policy import Options, PolicyResults, Tokens, Wanted, needs_statistics
 from ..select import as_bool, times
 from ..sequences import one_a_sequence
 from .counted import Counted
-from .terms import clamp, functions_of, log_weight, objective, outside, zero_where
+from .terms import clamp, functions_of, log_weight, objective, outside, plus, zero_where
 
 
 def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: PolicyResults) -> None:
@@ -19,10 +19,10 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
     dtype, o, parts, surrogate = out.numbers.dtype, Options.of(config, x.logprobs.shape[-1]), config.parts, functions_of(config)
     mask = None if x.mask is None else as_bool(x.mask)
     # Where there is a log-prob of -inf: elsewhere than on a CPU, asking would be a synchronisation; a NaN may hide one.
-    outside_support: int | Tensor = 0
-    if x.logprobs.device.type != "cpu" or not bool(x.logprobs.amin() > -torch.inf):
+    nothing = outside_support = out.numbers.new_zeros(())
+    if x.logprobs.device.type != "cpu" or not x.logprobs.amin().item() > -torch.inf:
         found = x.logprobs == -torch.inf
-        outside_support = (found if mask is None else mask & found).sum()
+        outside_support = (found if mask is None else mask & found).sum(dtype=dtype)
         mask = ~found if mask is None else mask & ~found
     c = Counted(x.logprobs, mask, x.cu_seqlens, dtype)
 
@@ -39,6 +39,7 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
         kept_length = length if kept is None else c.lengths(kept)
 
     raw = lp - old
+    approx_kl = 0 - raw.sum() if wanted.metrics else nothing
     if config.ratio_level != "token":
         raw = c.over_sequences(raw)
         if config.ratio_level != "sequence_sum":
@@ -80,47 +81,39 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
         total = total - config.entropy_coef * ((h if entropy_weights is None else entropy_weights * h).sum() / entropy_by)
     out.loss.copy_(total)
 
-    out.numbers[0], out.numbers[1] = 1 / by, 1 / entropy_by
+    torch.stack([by, entropy_by], out=out.numbers[:2]).reciprocal_()
     if wanted.metrics:
         r = c.zeroed(log_r.exp())
-        low, high, dual = (t.sum(dtype=dtype) for t in surrogate.edges(lp, old, log_r, A, o))  # nowhere where A = 0, and so nowhere where masked
-        sums = [low + high, low, high, dual, (old - lp).sum(), *(total.new_zeros(()) if t is None else c.zeroed(t).sum() for t in (kl, h)), r.sum()]
-        torch.div(torch.stack(sums), c.number().clamp(min=1), out=out.numbers[2:-2])
-        out.numbers[-2], out.numbers[-1] = r.amax(), outside_support
+        low, high, dual = (t.sum(dtype=dtype) for t in surrogate.edges(lp, old, log_r, r, A, o))  # nowhere where A = 0, and so nowhere where masked
+        kl_sum, entropy = (nothing if t is None else t.sum() for t in (None if kl is None else c.zeroed(kl), h))
+        sums = [low + high, low, high, dual, approx_kl, kl_sum, entropy, r.sum(), r.amax(), outside_support]
+        torch.stack(sums, out=out.numbers[2:])[:-2].div_(c.count.clamp(min=1))
 
     if out.grad_entropy.numel():
         out.grad_entropy.copy_(-o.entropy_coef * (c.ones if entropy_weights is None else c.zeroed(entropy_weights)))
     if out.grad_logprobs.numel():
         gradient = d_lp
         if surrogate.summand is None:
-            d_log_r = d_log_r + d_own
+            d_log_r = plus(d_log_r, d_own)
         elif slope is not None and isinstance(d_own, Tensor):
             share = c.over_sequences(c.zeroed(d_own)) / kept_length
             own_slope = zero_where(stopped, slope)
-            gradient = gradient + times(own_slope if kept is None else kept * own_slope, share)
+            gradient = plus(gradient, times(own_slope if kept is None else kept * own_slope, share))
         if isinstance(d_log_r, Tensor):
             d_log_r = zero_where(stopped, d_log_r)
             if config.ratio_level in ("sequence", "sequence_sum"):
                 d_log_r = c.over_sequences(c.zeroed(d_log_r))
                 d_log_r = d_log_r / length if config.ratio_level == "sequence" else d_log_r
-            gradient = gradient + d_log_r
-        gradient = torch.as_tensor(gradient)
-        out.grad_logprobs.copy_(c.zeroed(gradient if scale is None else gradient * scale))
+            gradient = plus(gradient, d_log_r)
+        if isinstance(gradient, Tensor):
+            c.zeroed(gradient if scale is None else gradient * scale, out.grad_logprobs)
+        else:
+            out.grad_logprobs.zero_()
 
 
 def token_slopes(logprobs: Tensor, live: Tensor, terms: PolicyRows, config: PolicyLossConfig) -> Tensor:
-    """As :func:`policy_loss` has them, for tokens by themselves."""
-    o = Options.of(config, 1)
-    c = Counted(logprobs, live & (logprobs != -torch.inf), None, logprobs.dtype)
-    lp = c.read(logprobs)
-    old, A, ref, w, sampling = (None if t is None else c.read(t) for t in terms[:5])
-    assert A is not None
-    old = lp if old is None else old
-    raw = lp - old
-    log_r = clamp(raw, o.log_ratio_low, o.log_ratio_high)
-    keep = None if terms.entropy_mask is None else c.read(as_bool(terms.entropy_mask)) != 0
-    _, d_lp, d_log_r, d_own, _ = objective(lp, old, log_r, log_r, A, w, keep, ref, sampling, config, o)
-    slope = d_log_r + d_own
-    if isinstance(slope, Tensor):
-        d_lp = d_lp + zero_where(outside(raw, o.log_ratio_low, o.log_ratio_high), slope)
-    return c.zeroed(torch.as_tensor(d_lp))
+    """By the loss, of which no other result is wanted."""
+    wanted = Wanted(True, False, False)
+    out = PolicyResults.empty(logprobs, wanted)
+    policy_loss(terms.tokens(logprobs, live), config, wanted, out)
+    return out.grad_logprobs

@@ -18,6 +18,8 @@ from ...surrogates import OwnSurrogate, own_surrogate
 from ..policy import Options
 from ..select import as_number, bits, select, times
 
+Derivative = Tensor | float  # a number is 0
+
 
 def outside(x: Tensor, low: float, high: float) -> Tensor | None:
     """Where a clamp stops the gradient; None: nowhere, there being no bound."""
@@ -35,41 +37,50 @@ def zero_where(where: Tensor | None, x: Tensor) -> Tensor:
     return x if where is None else select(bits(~where, x.dtype), x)
 
 
-# ---- surrogates: (lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r) -------------------------------------------------------------
+def plus(x: Derivative, y: Derivative, factor: float = 1.0) -> Derivative:
+    """x + factor y; what is no tensor is 0."""
+    if not isinstance(y, Tensor):
+        return x
+    if not isinstance(x, Tensor):
+        return y if factor == 1 else y * factor
+    return torch.add(x, y, alpha=factor)
 
-Derivative = Tensor | float
+
+# ---- surrogates: (lp, old, log_r, A, o) -> (loss, d loss / d lp, d loss / d log_r); their edges are given r = exp(log_r) as well ------------------
+
 Term = Callable[[Tensor, Tensor, Tensor, Tensor, Options], tuple[Tensor, Derivative, Derivative]]
-Edges = Callable[[Tensor, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor, Tensor]]
+Edges = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor, Tensor]]
 Summand = Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]]
 
 
 def _clipped_branch(r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d log r)"""
     free, clipped = clamp(r, -INF, o.ratio_cap) * A, clamp(r, o.low, o.high) * A
-    loss = -torch.minimum(free, clipped)
     if o.ratio_cap == INF:  # where the clipped branch is the less, strictly, r lies outside its bounds, and it does not move
-        return loss, as_number(torch.le, free, clipped).mul_(A).neg_()
+        moves = as_number(torch.le, free, clipped)
+        loss = torch.minimum(free, clipped, out=clipped).neg_()
+        return loss, moves.mul_(loss)  # where it does not move, the loss is finite
     # Numbers instead of bools: 1 where the free branch is the less, 1/2 where it is as much, as autograd divides a tie.
     less = as_number(torch.lt, free, clipped).add_(as_number(torch.le, free, clipped)).mul_(-0.5)
     free_slope = zero_where(outside(r, -INF, o.ratio_cap), A)
     clipped_slope = zero_where(outside(r, o.low, o.high), A)
-    return loss, less * free_slope - (1 + less) * clipped_slope
+    return -torch.minimum(free, clipped), times(less * free_slope - (1 + less) * clipped_slope, r)
 
 
 def clip(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    r = log_r.exp()
-    loss, slope = _clipped_branch(r, A, o)
+    loss, slope = _clipped_branch(log_r.exp(), A, o)
     if o.dual_clip < INF:
         most = -o.dual_clip * A
         over = (A < 0) & (loss > most)
         slope = torch.where(over, 0.0, torch.where((A < 0) & (loss == most), 0.5 * slope, slope))
         loss = torch.where(over, most, loss)
-    return loss, 0.0, times(slope, r)
+    return loss, 0.0, slope
 
 
-def clip_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    low, high, dual = ratio_edges(lp, old, log_r, A, o)
+def clip_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    low, high, dual = ratio_edges(lp, old, log_r, r, A, o)
     if o.dual_clip < INF:
-        dual = (A < 0) & (_clipped_branch(log_r.exp(), A, o)[0] > -o.dual_clip * A)
+        dual = (A < 0) & (_clipped_branch(r, A, o)[0] > -o.dual_clip * A)
     return low, high, dual
 
 
@@ -78,8 +89,7 @@ def cispo(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tupl
     return slope * lp, slope, 0.0
 
 
-def ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    r = log_r.exp()
+def ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     return _both(torch.lt, A, 0.0, r, o.low), _both(torch.gt, A, 0.0, r, o.high), nowhere(A)
 
 
@@ -106,7 +116,7 @@ def gmpo_summand(log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     return torch.where(up, log_r.clamp(max=o.high), log_r.clamp(min=o.low)), (~stopped).to(log_r.dtype)
 
 
-def log_ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def log_ratio_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     return _both(torch.lt, A, 0.0, log_r, o.low), _both(torch.gt, A, 0.0, log_r, o.high), nowhere(A)
 
 
@@ -135,12 +145,12 @@ def vespo_summand(log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor]
     return log_r.clamp(-20, 20), torch.zeros_like(log_r)
 
 
-def dppo_tv_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def dppo_tv_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     moved = lp.exp() - old.exp()
     return (A <= 0) & (moved < o.low), (A > 0) & (moved > o.high), nowhere(A)
 
 
-def dppo_kl_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def dppo_kl_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     p, p_old = lp.exp(), old.exp()
     other, other_old = -torch.expm1(lp), -torch.expm1(old)
     distance = torch.where(p_old > 0, p_old * (old - lp), 0.0) + torch.where(other_old > 0, other_old * (other_old.log() - other.log()), 0.0)
@@ -158,22 +168,22 @@ def _dppo_score(lp: Tensor, log_r: Tensor, A: Tensor, dropped: Tensor, o: Option
 
 
 def dppo_tv_ratio(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    low, high, _ = dppo_tv_edges(lp, old, log_r, A, o)
+    low, high, _ = dppo_tv_edges(lp, old, log_r, log_r, A, o)
     return _dppo_ratio(log_r, A, low | high)
 
 
 def dppo_tv_score(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    low, high, _ = dppo_tv_edges(lp, old, log_r, A, o)
+    low, high, _ = dppo_tv_edges(lp, old, log_r, log_r, A, o)
     return _dppo_score(lp, log_r, A, low | high, o)
 
 
 def dppo_kl_ratio(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    low, high, _ = dppo_kl_edges(lp, old, log_r, A, o)
+    low, high, _ = dppo_kl_edges(lp, old, log_r, log_r, A, o)
     return _dppo_ratio(log_r, A, low | high)
 
 
 def dppo_kl_score(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Derivative, Derivative]:
-    low, high, _ = dppo_kl_edges(lp, old, log_r, A, o)
+    low, high, _ = dppo_kl_edges(lp, old, log_r, log_r, A, o)
     return _dppo_score(lp, log_r, A, low | high, o)
 
 
@@ -185,7 +195,7 @@ def nowhere(A: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.bool, device=A.device)
 
 
-def no_edges(lp: Tensor, old: Tensor, log_r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def no_edges(lp: Tensor, old: Tensor, log_r: Tensor, r: Tensor, A: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     return nowhere(A), nowhere(A), nowhere(A)
 
 
@@ -272,7 +282,7 @@ def k3_plus(d: Tensor) -> tuple[Tensor, Derivative]:
 def kl_terms(
     lp: Tensor, ref: Tensor, weight: Tensor | None, estimator: str, input_limits: tuple[float, float], output_limits: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL, d KL / d lp, weight d KL / d weight): input clamp, estimator, times the weight (None: 1), output clamp."""
+    """(KL, d KL / d (ref - lp), weight d KL / d weight): input clamp, estimator, times the weight (None: 1), output clamp."""
     d = ref - lp
     value, slope = globals()[KL_ESTIMATORS[estimator]](clamp(d, *input_limits))
     if not isinstance(slope, Tensor):
@@ -280,13 +290,13 @@ def kl_terms(
     if weight is not None:
         value, slope = times(value, weight), times(slope, weight)
     stopped = (outside(d, *input_limits), outside(value, *output_limits))
-    d_lp, d_weight = (zero_where(stopped[1], zero_where(stopped[0], x)) for x in (-slope, value))
-    return clamp(value, *output_limits), d_lp, d_weight
+    d_ref, d_weight = (zero_where(stopped[1], zero_where(stopped[0], x)) for x in (slope, value))
+    return clamp(value, *output_limits), d_ref, d_weight
 
 
 def _may_be_nan(x: Derivative) -> bool:
     """Known on a CPU; elsewhere, asking would be a synchronisation."""
-    return isinstance(x, Tensor) and (x.device.type != "cpu" or bool(x.sum().isnan()))
+    return isinstance(x, Tensor) and (x.device.type != "cpu" or math.isnan(x.sum()))
 
 
 def objective(
@@ -326,13 +336,12 @@ def objective(
         elif config.kl_ratio_weighted == "sampling" and sampling is not None:
             weight = torch.exp(lp - sampling)
         limits = (o.kl_input_low, o.kl_input_high), (o.kl_output_low, o.kl_output_high)
-        kl, d_kl, d_weight = kl_terms(lp, ref, weight, config.kl_estimator, *limits)
+        kl, d_ref, d_weight = kl_terms(lp, ref, weight, config.kl_estimator, *limits)
         if o.kl_coef == 0:  # a metric
             return loss, d_lp, d_log_r, d_own, kl
-        loss = loss + o.kl_coef * kl
-        d_lp = d_lp + o.kl_coef * d_kl
+        loss, d_lp = torch.add(loss, kl, alpha=o.kl_coef), plus(d_lp, d_ref, -o.kl_coef)
         if config.kl_ratio_weighted is True:
             d_log_r = o.kl_coef * d_weight
         elif config.kl_ratio_weighted:
-            d_lp = d_lp + o.kl_coef * d_weight
+            d_lp = plus(d_lp, d_weight, o.kl_coef)
     return loss, d_lp, d_log_r, d_own, kl
