@@ -173,6 +173,35 @@ def test_id_outside_the_vocabulary(backend, device):
     assert torch.isfinite(logits.grad[~broken]).all()
 
 
+MASKS = {
+    "a prefix of each": torch.arange(40) < torch.tensor([[40], [23], [0], [1], [17]]),
+    "a suffix of each": torch.arange(40) >= torch.tensor([[39], [23], [0], [1], [17]]),
+    "scattered": (torch.arange(200) % 3 == 1).view(5, 40),
+    "runs and single rows": ((torch.arange(200) % 50 < 25) | (torch.arange(200) % 7 == 0)).view(5, 40),
+    "one row": (torch.arange(200) == 83).view(5, 40),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "slice"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_a_row_is_the_same_in_any_chunk(mask, sliced, dtype, monkeypatch):
+    """Runs of live rows are walked as views, others as copies: log-prob and entropy are to the bit what each row gives among all."""
+    logits = torch.randn(5, 40 + sliced, 300).to(dtype)
+    logits = logits[:, :-1] if sliced else logits
+    ids, upstream = torch.randint(300, (5, 40)), torch.randn(2, 5, 40, dtype=torch.float64)
+
+    def call(x, mask):
+        return gradients(lambda y: rk.token_logprobs(y, ids, mask=mask, temperature=0.7, with_entropy=True, backend="torch"), x, *upstream)
+
+    among_all = call(logits, None)
+    monkeypatch.setattr("rlkern.ops.torch_backend.logits.CHUNK", 32 * 300)
+    masked = call(torch.where(mask[..., None], logits, torch.nan), mask)
+    assert all(torch.equal(mine[mask], all_rows[mask]) for mine, all_rows in zip(masked[:2], among_all[:2], strict=True))
+    assert_accurate(masked[2][mask], among_all[2][mask], eps=1e-6 + rounding(dtype, among_all[2]))
+    assert not any(mine[~mask].any() for mine in masked)
+
+
 @pytest.mark.parametrize("vocabulary", [33000, 33008])
 def test_how_rows_are_aligned_does_not_depend_on_how_many_there_are(vocabulary):
     """The compiler lays out a row by what divides all strides, and so adds up in that order."""

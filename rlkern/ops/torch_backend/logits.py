@@ -23,14 +23,17 @@ _LOWEST = -1e30  # stands for -inf where it meets a probability of 0
 
 def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
     """The live rows of ``x [outer, inner, V]``, as many at once as fit the cache: runs of them as slices, of which :func:`locate` makes views; and by
-    index what is scattered in runs of less than an eighth of that: to copy those together takes less time than to call everything for each."""
+    index what is scattered in runs of less than a sixteenth of that: to copy those together takes less time than to call everything for each."""
     size, inner = max(2, CHUNK // x.shape[-1]), x.shape[1]
-    ends = live[1:] != live[:-1]
-    ends[inner - 1 :: inner] = True
-    last = ends.nonzero().squeeze(1)
-    stops, alive = [*(last + 1).tolist(), live.numel()], [*live[last].tolist(), bool(live[-1])]
-    runs = [(start, stop) for start, stop, here in zip([0, *stops], stops, alive, strict=False) if here]
-    least = max(2, size // 8) if len(runs) > 1 else 1
+    if live.all():
+        runs = [(start, start + inner) for start in range(0, live.numel(), inner)]
+    else:
+        ends = live[1:] != live[:-1]
+        ends[inner - 1 :: inner] = True
+        last = ends.nonzero().squeeze(1)
+        stops, alive = [*(last + 1).tolist(), live.numel()], [*live[last].tolist(), bool(live[-1])]
+        runs = [(start, stop) for start, stop, here in zip([0, *stops], stops, alive, strict=False) if here]
+    least = max(2, size // 16) if len(runs) > 1 else 1
     found: list[slice | Tensor] = []
     for start, stop in runs:
         if stop - start >= least:

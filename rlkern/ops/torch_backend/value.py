@@ -37,12 +37,13 @@ def value_loss(x: Values, options: ValueOptions, out: ValueResults) -> None:
         count = c.count.clamp(min=1)
         # In float64, so that the mean of returns that are all the same is just that, and their variance 0.
         centre = (target.sum(dtype=torch.float64) / count).to(v.dtype)
-        means = torch.stack([larger.sum(), plain.sum(), v.sum(), target.sum(), error.sum()]).div_(count)
+        means = torch.stack([larger.sum(), plain.sum(), v.sum(), error.sum()]).div_(count)
         # Variances are of distances from about the mean, which lose nothing by rounding.
-        distances = [c.zeroed(x - about) for x, about in ((target, centre), (error, means[4]))]
+        distances = [c.zeroed(x - about) for x, about in ((target, centre), (error, means[3]))]
         sums = torch.stack([d.sum() for d in distances])
-        spread, unexplained = torch.stack([d.square_().sum() for d in distances]).sub_(sums.square_().div_(count)).unbind()
-        out.numbers[1:5] = means[:4]
+        squares = torch.stack([d.square_().sum(dtype=torch.float64) for d in distances])
+        spread, unexplained = (squares - sums.double().square() / count).unbind()
+        out.numbers[1:4], out.numbers[4] = means[:3], centre
         out.numbers[5] = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
     if out.grad.numel():
         out.grad.copy_(slope)
