@@ -2,7 +2,8 @@
 
     python -m tests.mutants [--write] [PART OF A FILE'S NAME]
 
-With ``--write`` the report goes into docs/reliability.md. A fault that is noticed by no test needs one; exit status 1 until it has it.
+With ``--write`` the report goes into docs/reliability.md, in which faults of other files keep the rows that they have. A fault that is noticed by no
+test needs one; exit status 1 until it has it.
 """
 
 # ruff: noqa: E501 -- a fault a line
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,16 +209,21 @@ def work(todo: queue.SimpleQueue[Fault], found: dict[Fault, str]) -> None:
             print(f"{'noticed' if found[fault] else 'NOT NOTICED':12}{fault.file}: {fault.would_be.strip()}  {found[fault]}", flush=True)
 
 
-def report(found: dict[Fault, str], seconds: float) -> str:
-    """As a table, by file."""
-    missed = [fault for fault in found if not found[fault]]
-    lines = [f"{len(found)} faults, {len(found) - len(missed)} noticed, in {seconds / 60:.0f} minutes:", ""]
-    lines += ["| file | is | would be | noticed by |", "|---|---|---|---|"]
+NO_TEST = "**no test**"
+
+
+def report(found: dict[Fault, str], before: str) -> str:
+    """As a table, by file; of faults that were not tried now, the rows that they have in the report ``before``."""
+    rows = []
     for fault in FAULTS:
+        cells = (fault.file, *(f"`` {' '.join(text.split())} ``" for text in (fault.is_now, fault.would_be)))
+        row = f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} | "
         if fault in found:
-            cells = (fault.file, *(f"`` {' '.join(text.split())} ``" for text in (fault.is_now, fault.would_be)), found[fault] or "**no test**")
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines)
+            rows.append(row + (found[fault] or NO_TEST).replace("|", chr(92) + "|") + " |")
+        else:
+            rows += [line for line in before.splitlines() if line.startswith(row)]
+    noticed = sum(NO_TEST not in row for row in rows)
+    return "\n".join([f"{len(rows)} faults, {noticed} noticed:", "", "| file | is | would be | noticed by |", "|---|---|---|---|", *rows])
 
 
 def main() -> int:
@@ -226,7 +231,6 @@ def main() -> int:
     parser.add_argument("part", nargs="?", default="", help="of the name of a file: faults of other files are left out")
     parser.add_argument("--write", action="store_true", help="the report into docs/reliability.md")
     options = parser.parse_args()
-    began = time.monotonic()
     todo: queue.SimpleQueue[Fault] = queue.SimpleQueue()
     for fault in FAULTS:
         if options.part in fault.file:
@@ -237,9 +241,8 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    text = report(found, time.monotonic() - began)
     if options.write:
-        fill_one(PAGE, "mutants", text)
+        fill_one(PAGE, "mutants", report(found, PAGE.read_text(encoding="utf-8")))
     missed = sum(not by for by in found.values())
     print(f"{len(found)} faults, {missed} not noticed")
     return 1 if missed else 0
