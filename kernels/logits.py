@@ -53,11 +53,10 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def load_target(x_row, token, V, cap, live):
-    """The chosen token's soft-capped logit; NaN where the id is outside the vocabulary, which is then not read."""
+def load_target(x_row, token, V, live):
+    """The chosen token's logit; NaN where the id is outside the vocabulary, which is then not read."""
     inside = (token >= 0) & (token < V)
-    x = tl.load(x_row + token, mask=live & inside, other=0.0).to(tl.float32)
-    return tl.where(inside, soft_cap(x, cap)[0], float("nan"))
+    return tl.load(x_row + token, mask=live & inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -138,7 +137,7 @@ def statistics_kernel(
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
     m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), ENTROPY, "evict_first")
     if partial_ptr is None:
-        x_target = load_target(x_row, token, V, cap, live)
+        x_target = soft_cap(load_target(x_row, token, V, live), cap)[0]
         store_statistics(row, True, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
     else:
         partial = partial_ptr + (row * segments + part) * 3
@@ -181,27 +180,37 @@ def combine_kernel(
     s = tl.load(partial + 1, mask=there, other=0.0)
     t = tl.load(partial + 2, mask=there, other=0.0)
     m, s, t = softmax.merge(m, s, t, (scale * softmax.LOG2E)[:, None], 1)
-    x_target = load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, cap, live)
+    x_target = soft_cap(load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, live), cap)[0]
     store_statistics(row, keep, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
 
 
 @triton.jit
-def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap, ENTROPY: tl.constexpr):
-    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``. ``bound``: None for a whole block, otherwise V.
+def slope_at(x, saved, k, c, cap, ENTROPY: tl.constexpr, TARGET: tl.constexpr):
+    """d loss / d logits, where they are ``x``. ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`."""
+    z, slope = soft_cap(x, cap)
+    dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
+    if TARGET:
+        dx = tl.where(x > softmax.NEG_INF, dx + k[2], dx)  # a target of -inf has no gradient either
+    if cap is not None:
+        dx *= slope
+    return dx
 
-    ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`.
-    """
+
+@triton.jit
+def store_gradient(x_row, dx_row, begin, columns, bound, saved, k, c, cap, ENTROPY: tl.constexpr):
+    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``, as if none was the target: see
+    :func:`store_target`. ``bound``: None for a whole block, otherwise V."""
     column = begin + columns
     mask = None if bound is None else column < bound
     x = tl.load(x_row + column, mask=mask, other=None if bound is None else 0.0).to(tl.float32)
-    z, slope = soft_cap(x, cap)
-    dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
-    at = token - begin
-    if (at >= 0) & (at < columns.numel):  # no other block compares; a target of -inf has no gradient either
-        dx = tl.where((columns == at.to(tl.int32)) & (x > softmax.NEG_INF), dx + k[2], dx)
-    if cap is not None:
-        dx *= slope
-    tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=mask)
+    tl.store(dx_row + column, slope_at(x, saved, k, c, cap, ENTROPY, False).to(dx_row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_target(dx_row, token, here, x_target, saved, k, c, cap, ENTROPY: tl.constexpr):
+    """Once a row and not for each element: the target's gradient, over what its block wrote there. ``x_target`` was read before."""
+    tl.debug_barrier()  # the block's write is another thread's
+    tl.store(dx_row + token, slope_at(x_target, saved, k, c, cap, ENTROPY, True).to(dx_row.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -271,11 +280,15 @@ def backward_kernel(
     token -= first
     c = scale * softmax.LOG2E
     if live:
+        here = (token >= start) & (token < stop)
+        x_target = tl.load(x_row + token, mask=here, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # every thread has read it before any writes over it
         rest = start + (stop - start) // BLOCK * BLOCK
         for begin in tl.range(start, rest, BLOCK, num_stages=1):
-            store_gradient(x_row, dx_row, tl.multiple_of(begin, BLOCK), columns, None, token, (m, log2_s), k, c, cap, ENTROPY)
+            store_gradient(x_row, dx_row, tl.multiple_of(begin, BLOCK), columns, None, (m, log2_s), k, c, cap, ENTROPY)
         if rest < stop:
-            store_gradient(x_row, dx_row, tl.multiple_of(rest, BLOCK), columns, V, token, (m, log2_s), k, c, cap, ENTROPY)
+            store_gradient(x_row, dx_row, tl.multiple_of(rest, BLOCK), columns, V, (m, log2_s), k, c, cap, ENTROPY)
+        store_target(dx_row, token, here, x_target, (m, log2_s), k, c, cap, ENTROPY)
     else:
         store_zeros(dx_row, start, stop, V, columns)
 
@@ -333,13 +346,13 @@ def loss_kernel(
     x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
     dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
     # Before the reductions, and so before any thread of the program may write over it.
-    x_target = load_target(x_row, token, V, cap, live)
+    x_target = load_target(x_row, token, V, live)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     stop = tl.where(live, V, 0)
     c = scale * softmax.LOG2E
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, HAS_ENTROPY, "evict_last")
-    lp, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
+    lp, entropy, log2_s = softmax.statistics(m, s, t, soft_cap(x_target, cap)[0], scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)
     if HAS_ENTROPY:
@@ -376,10 +389,11 @@ def loss_kernel(
     if live & ((a != 0.0) | (b != 0.0)):
         whole = V // BLOCK
         if whole * BLOCK < V:
-            store_gradient(x_row, dx_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, token, (m, log2_s), k, c, cap, BONUS)
+            store_gradient(x_row, dx_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, (m, log2_s), k, c, cap, BONUS)
         for i in tl.range(0, whole, num_stages=1):
             begin = tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK)
-            store_gradient(x_row, dx_row, begin, columns, None, token, (m, log2_s), k, c, cap, BONUS)
+            store_gradient(x_row, dx_row, begin, columns, None, (m, log2_s), k, c, cap, BONUS)
+        store_target(dx_row, token, (token >= 0) & (token < V), x_target, (m, log2_s), k, c, cap, BONUS)
     else:
         store_zeros(dx_row, 0, V, V, columns)
 

@@ -54,7 +54,7 @@ FAULTS = (
     # ---- log-probs
     Fault("kernels/logits.py", "stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)", "stop = tl.minimum(start + SEGMENT, V)", "traffic edges logprobs"),
     Fault("kernels/logits.py", "there = live[:, None] & (part < segments)[None, :]", "there = live[:, None] & (part < segments - 1)[None, :]", LOGITS),
-    Fault("kernels/logits.py", "(columns == at.to(tl.int32)) & (x > softmax.NEG_INF)", "columns == at.to(tl.int32)", LOGITS),
+    Fault("kernels/logits.py", "tl.where(x > softmax.NEG_INF, dx + k[2], dx)", "dx + k[2]", LOGITS),
     Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
