@@ -34,8 +34,8 @@ def assert_at_floor(moved: Traffic, floor: int) -> None:
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------------------------------
 
-# The second is cut into segments, whose states are merged by a second kernel.
-VOCABULARIES = [6000, 40000]
+# Rows of the second begin anywhere; the third is cut into segments, whose states are merged by a second kernel.
+VOCABULARIES = [6000, 6001, 40000]
 
 
 def _logits(vocabulary: int, dtype: torch.dtype = torch.bfloat16, *, rows: int = 6) -> tuple[Tensor, Tensor]:
