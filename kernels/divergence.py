@@ -39,11 +39,9 @@ def is_live(row, mask_ptr):
 
 
 @triton.jit
-def load_block(x_row, y_row, begin, columns, bound, EVICTION: tl.constexpr):
-    """A block of columns of both rows. ``bound``: None for a whole block, otherwise V; -inf beyond."""
-    column = begin + columns
-    mask = None if bound is None else column < bound
-    other = None if bound is None else softmax.NEG_INF
+def load_block(x_row, y_row, column, mask, EVICTION: tl.constexpr):
+    """Columns of both rows. ``mask``: None where all of them are there; -inf elsewhere."""
+    other = None if mask is None else softmax.NEG_INF
     x = tl.load(x_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
     y = tl.load(y_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
     return x, y
@@ -94,10 +92,11 @@ def first_pass(
     m_q, s_q, _none = softmax.start(LANES)
     rest = stop // BLOCK * BLOCK
     for begin in tl.range(0, rest, BLOCK, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK), columns, None, EVICTION)
+        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK) + columns, None, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
     if rest < stop:
-        x, y = load_block(x_row, y_row, tl.multiple_of(rest, BLOCK), columns, V, EVICTION)
+        column = tl.multiple_of(rest, BLOCK) + columns
+        x, y = load_block(x_row, y_row, column, column < V, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
     top_p = tl.max(m_p, 0)
     top_q = tl.max(m_q, 0)
@@ -131,10 +130,11 @@ def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexp
     of_q = tl.zeros([LANES], tl.float32)
     whole = stop // BLOCK
     if whole * BLOCK < stop:
-        x, y = load_block(x_row, y_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, "evict_first")
+        column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
+        x, y = load_block(x_row, y_row, column, column < V, "evict_first")
         of_p, of_q = mixture_terms(x, y, c, cap, beta, saved)
     for i in tl.range(0, whole, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK), columns, None, "evict_first")
+        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "evict_first")
         more_p, more_q = mixture_terms(x, y, c, cap, beta, saved)
         of_p += more_p
         of_q += more_q
@@ -234,10 +234,10 @@ def divergence_kernel(
 
 
 @triton.jit
-def store_gradient(rows, begin, columns, bound, saved, c, cap, beta, factor, KIND: tl.constexpr):
-    """d result / d x of a block of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
+def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.constexpr):
+    """d result / d x of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
     m_p, log2_p_sum, m_q, log2_q_sum, mean = saved
-    x, y = load_block(rows[0], rows[1], begin, columns, bound, "evict_first")
+    x, y = load_block(rows[0], rows[1], column, mask, "evict_first")
     x, slope = logits.soft_cap(x, cap)
     y = logits.soft_cap(y, cap)[0]
     p = tl.exp2((x - m_p) * c - log2_p_sum)
@@ -254,7 +254,7 @@ def store_gradient(rows, begin, columns, bound, saved, c, cap, beta, factor, KIN
     dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
     if cap is not None:
         dx *= slope
-    tl.store(rows[2] + begin + columns, dx.to(rows[2].dtype.element_ty), mask=None if bound is None else begin + columns < bound)
+    tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["x_inner", "y_inner", "parts"])
@@ -302,17 +302,25 @@ def divergence_backward_kernel(
     c = scale * softmax.LOG2E
     factor = upstream * (scale if cap is None else 4.0 * scale)  # see logits.soft_cap
     beta = tl.cast(beta, tl.float32)
-    x_row = logits.row_pointer(x_ptr, row, x_inner, x_outer_stride, x_inner_stride)
-    y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
-    dx_row = logits.row_pointer(dx_ptr, row, x_inner, dx_outer_stride, dx_inner_stride)
+    x_at = logits.row_offset(row, x_inner, x_outer_stride, x_inner_stride)
+    y_at = logits.row_offset(row, y_inner, y_outer_stride, y_inner_stride)
+    dx_at = logits.row_offset(row, x_inner, dx_outer_stride, dx_inner_stride)
     columns = softmax.tile(UNROLL, LANES, WIDTH)
-    start = (program % parts) * (BLOCKS * BLOCK)
-    stop = tl.minimum(start + BLOCKS * BLOCK, V)
+    head, body = logits.pieces(x_at, V, WIDTH)
+    bodies = (
+        logits.body_pointer(x_ptr, x_at, head, WIDTH),
+        logits.body_pointer(y_ptr, y_at, head, WIDTH),
+        logits.body_pointer(dx_ptr, dx_at, head, WIDTH),
+    )
+    start, stop, low, high = logits.share(program % parts, parts, head, body, V, BLOCKS * BLOCK)
+    edge, inside = logits.edges(head, body, low, high, LANES)
     if live:
         rest = start + (stop - start) // BLOCK * BLOCK
         for begin in tl.range(start, rest, BLOCK, num_stages=1):
-            store_gradient((x_row, y_row, dx_row), tl.multiple_of(begin, BLOCK), columns, None, saved, c, cap, beta, factor, KIND)
+            store_gradient(bodies, tl.multiple_of(begin, BLOCK) + columns, None, saved, c, cap, beta, factor, KIND)
         if rest < stop:
-            store_gradient((x_row, y_row, dx_row), tl.multiple_of(rest, BLOCK), columns, V, saved, c, cap, beta, factor, KIND)
+            column = tl.multiple_of(rest, BLOCK) + columns
+            store_gradient(bodies, column, column < body, saved, c, cap, beta, factor, KIND)
+        store_gradient((x_ptr + x_at, y_ptr + y_at, dx_ptr + dx_at), edge, inside, saved, c, cap, beta, factor, KIND)
     else:
-        logits.store_zeros(dx_row, start, stop, V, columns)
+        logits.store_zeros(dx_ptr + dx_at, edge, inside, bodies[2], start, stop, columns)

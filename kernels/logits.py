@@ -13,9 +13,14 @@ IGNORE_INDEX = tl.constexpr(-100)
 
 
 @triton.jit
-def row_pointer(base, row, inner, outer_stride, inner_stride):
+def row_offset(row, inner, outer_stride, inner_stride):
     """Where a row starts; int64, since a batch of logits passes 2^31 elements."""
-    return base + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def row_pointer(base, row, inner, outer_stride, inner_stride):
+    return base + row_offset(row, inner, outer_stride, inner_stride)
 
 
 @triton.jit
@@ -53,11 +58,10 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def load_target(x_row, token, V, cap, live):
-    """The chosen token's soft-capped logit; NaN where the id is outside the vocabulary, which is then not read."""
+def load_target(x_row, token, V, live):
+    """The chosen token's logit; NaN where the id is outside the vocabulary, which is then not read."""
     inside = (token >= 0) & (token < V)
-    x = tl.load(x_row + token, mask=live & inside, other=0.0).to(tl.float32)
-    return tl.where(inside, soft_cap(x, cap)[0], float("nan"))
+    return tl.load(x_row + token, mask=live & inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -138,7 +142,7 @@ def statistics_kernel(
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
     m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), ENTROPY, "evict_first")
     if partial_ptr is None:
-        x_target = load_target(x_row, token, V, cap, live)
+        x_target = soft_cap(load_target(x_row, token, V, live), cap)[0]
         store_statistics(row, True, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
     else:
         partial = partial_ptr + (row * segments + part) * 3
@@ -181,35 +185,79 @@ def combine_kernel(
     s = tl.load(partial + 1, mask=there, other=0.0)
     t = tl.load(partial + 2, mask=there, other=0.0)
     m, s, t = softmax.merge(m, s, t, (scale * softmax.LOG2E)[:, None], 1)
-    x_target = load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, cap, live)
+    x_target = soft_cap(load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, live), cap)[0]
     store_statistics(row, keep, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
 
 
-@triton.jit
-def store_gradient(x_row, dx_row, begin, columns, bound, token, saved, k, c, cap, ENTROPY: tl.constexpr):
-    """Read a block of a row's logits and write d loss / d logits over the same columns of ``dx_row``. ``bound``: None for a whole block, otherwise V.
+# ---- the gradient: of each element on its own, and so by addresses instead of columns. Where V is no multiple of 16, rows begin anywhere:
+# of each, the ``body`` is loaded and stored 16 bytes at a time, the ``head`` before it and what is left after it one by one.
 
-    ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`, k2 = 0 where the target is -inf, which has no gradient.
-    """
-    column = begin + columns
-    mask = None if bound is None else column < bound
-    x = tl.load(x_row + column, mask=mask, other=None if bound is None else 0.0).to(tl.float32)
+
+@triton.jit
+def pieces(offset, V, WIDTH: tl.constexpr):
+    """(head, body) of a row at this offset: how many columns come before those in whole aligned pieces of WIDTH, and how many these are."""
+    head = tl.minimum(-offset & (WIDTH - 1), V).to(tl.int32)
+    return head, (V - head) // WIDTH * WIDTH
+
+
+@triton.jit
+def body_pointer(base, offset, head, WIDTH: tl.constexpr):
+    """Where the body of a row starts. The launcher has seen to it that one head fits all tensors."""
+    return base + tl.multiple_of(offset + head, WIDTH)
+
+
+@triton.jit
+def share(part, parts, head, body, V, COLUMNS: tl.constexpr):
+    """What a part of a row has: (start, stop), columns of the body, and (low, high), the same as columns of the row, with the edges beside them."""
+    start = tl.minimum(part * COLUMNS, body)
+    stop = tl.minimum(start + COLUMNS, body)
+    return start, stop, tl.where(part == 0, 0, head + start), tl.where(part == parts - 1, V, head + stop)
+
+
+@triton.jit
+def edges(head, body, low, high, LANES: tl.constexpr):
+    """The columns before and after the body, one a lane, and which of the lanes have one that lies in [low, high)."""
+    i = softmax.tile(1, LANES, 1)
+    column = tl.where(i < head, i, i + body)
+    return column, (column >= low) & (column < high)
+
+
+@triton.jit
+def slope_at(x, saved, k, c, cap, ENTROPY: tl.constexpr, TARGET: tl.constexpr):
+    """d loss / d logits, where they are ``x``. ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`."""
     z, slope = soft_cap(x, cap)
     dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
-    at = token - begin
-    if (at >= 0) & (at < columns.numel):  # no other block compares
-        dx = tl.where(columns == at.to(tl.int32), dx + k[2], dx)
+    if TARGET:
+        dx = tl.where(x > softmax.NEG_INF, dx + k[2], dx)  # a target of -inf has no gradient either
     if cap is not None:
         dx *= slope
-    tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=mask)
+    return dx
 
 
 @triton.jit
-def store_zeros(dx_row, start, stop, V, columns):
-    """Over the columns [start, stop) of a row, of which those below V are there."""
+def store_gradient(x_row, dx_row, column, mask, saved, k, c, cap, ENTROPY: tl.constexpr):
+    """Read columns of a row's logits and write d loss / d logits over the same of ``dx_row``, as if none was the target: see :func:`store_target`.
+
+    ``mask``: None where all of them are there.
+    """
+    x = tl.load(x_row + column, mask=mask, other=None if mask is None else 0.0).to(tl.float32)
+    tl.store(dx_row + column, slope_at(x, saved, k, c, cap, ENTROPY, False).to(dx_row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_target(dx_row, token, here, x_target, saved, k, c, cap, ENTROPY: tl.constexpr):
+    """Once a row and not for each element: the target's gradient, over what its block wrote there. ``x_target`` was read before."""
+    tl.debug_barrier()  # the block's write is another thread's
+    tl.store(dx_row + token, slope_at(x_target, saved, k, c, cap, ENTROPY, True).to(dx_row.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def store_zeros(dx_row, edge, inside, dx_body, start, stop, columns):
+    """Over the edges of a row that are ``inside``, and the columns [start, stop) of its body."""
+    tl.store(dx_row + edge, tl.zeros(edge.shape, dx_row.dtype.element_ty), mask=inside)
     for begin in tl.range(start, stop, columns.numel):
-        column = begin + columns
-        tl.store(dx_row + column, tl.zeros(columns.shape, dx_row.dtype.element_ty), mask=column < V)
+        column = tl.multiple_of(begin, columns.numel) + columns
+        tl.store(dx_body + column, tl.zeros(columns.shape, dx_body.dtype.element_ty), mask=column < stop)
 
 
 @triton.jit(do_not_specialize=["inner", "parts", "first", "total"])
@@ -262,24 +310,31 @@ def backward_kernel(
     m = tl.load(max_ptr + row, mask=live, other=0.0)
     log2_s = tl.load(log2_sum_ptr + row, mask=live, other=0.0)
     scale = row_scale(row, scale, temperature_ptr, live)
-    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
-    dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
+    at = row_offset(row, inner, outer_stride, inner_stride)
+    dx_at = row_offset(row, inner, dx_outer_stride, dx_inner_stride)
+    x_row, dx_row = x_ptr + at, dx_ptr + dx_at
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
     columns = softmax.tile(UNROLL, LANES, WIDTH)
-    start = (program % parts) * (BLOCKS * BLOCK)
-    stop = tl.minimum(start + BLOCKS * BLOCK, V)
+    head, body = pieces(at, V, WIDTH)
+    x_body, dx_body = body_pointer(x_ptr, at, head, WIDTH), body_pointer(dx_ptr, dx_at, head, WIDTH)
+    start, stop, low, high = share(program % parts, parts, head, body, V, BLOCKS * BLOCK)
+    edge, inside = edges(head, body, low, high, LANES)
     token -= first
-    # Where ``dx`` is ``x``: every thread reads this before it writes, and what the others write there is no business of theirs.
-    x_target = tl.load(x_row + token, mask=live & (token >= start) & (token < stop), other=0.0).to(tl.float32)
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale, x_target)  # see soft_cap
     c = scale * softmax.LOG2E
     if live:
+        here = (token >= low) & (token < high)
+        x_target = tl.load(x_row + token, mask=here, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # every thread has read it before any writes over it
         rest = start + (stop - start) // BLOCK * BLOCK
         for begin in tl.range(start, rest, BLOCK, num_stages=1):
-            store_gradient(x_row, dx_row, tl.multiple_of(begin, BLOCK), columns, None, token, (m, log2_s), k, c, cap, ENTROPY)
+            store_gradient(x_body, dx_body, tl.multiple_of(begin, BLOCK) + columns, None, (m, log2_s), k, c, cap, ENTROPY)
         if rest < stop:
-            store_gradient(x_row, dx_row, tl.multiple_of(rest, BLOCK), columns, V, token, (m, log2_s), k, c, cap, ENTROPY)
+            column = tl.multiple_of(rest, BLOCK) + columns
+            store_gradient(x_body, dx_body, column, column < body, (m, log2_s), k, c, cap, ENTROPY)
+        store_gradient(x_row, dx_row, edge, inside, (m, log2_s), k, c, cap, ENTROPY)
+        store_target(dx_row, token, here, x_target, (m, log2_s), k, c, cap, ENTROPY)
     else:
-        store_zeros(dx_row, start, stop, V, columns)
+        store_zeros(dx_row, edge, inside, dx_body, start, stop, columns)
 
 
 @triton.jit
@@ -324,24 +379,26 @@ def loss_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """One program a row: statistics, the token's objective, and d loss / d logits, over the logits themselves where ``dx_ptr`` is ``x_ptr``.
 
-    The second pass runs backwards: it begins with the blocks that were read last, which the cache still holds.
+    The second pass, which loads and stores PIECE neighbours at a time, runs backwards: it begins with what was read last and the cache still holds.
     """
     row = tl.program_id(0).to(tl.int64)
     token, live = is_live(row, ids_ptr, live_ptr, True)
     scale = row_scale(row, scale, temperature_ptr, live)
-    x_row = row_pointer(x_ptr, row, inner, outer_stride, inner_stride)
-    dx_row = row_pointer(dx_ptr, row, inner, dx_outer_stride, dx_inner_stride)
+    at = row_offset(row, inner, outer_stride, inner_stride)
+    dx_at = row_offset(row, inner, dx_outer_stride, dx_inner_stride)
+    x_row, dx_row = x_ptr + at, dx_ptr + dx_at
     # Before the reductions, and so before any thread of the program may write over it.
-    x_target = load_target(x_row, token, V, cap, live)
+    x_target = load_target(x_row, token, V, live)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     stop = tl.where(live, V, 0)
     c = scale * softmax.LOG2E
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, HAS_ENTROPY, "evict_last")
-    lp, entropy, log2_s = softmax.statistics(m, s, t, x_target, scale)
+    lp, entropy, log2_s = softmax.statistics(m, s, t, soft_cap(x_target, cap)[0], scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)
     if HAS_ENTROPY:
@@ -371,19 +428,26 @@ def loss_kernel(
     )
     a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
     b = optional(entropy_weights_ptr, row, live, 0.0)
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale, x_target)  # see soft_cap
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     BONUS: tl.constexpr = entropy_weights_ptr is not None
+    columns = softmax.tile(UNROLL * WIDTH // PIECE, LANES, PIECE)
+    head, body = pieces(at, V, PIECE)
+    x_body, dx_body = body_pointer(x_ptr, at, head, PIECE), body_pointer(dx_ptr, dx_at, head, PIECE)
+    edge, inside = edges(head, body, 0, V, LANES)
     tl.debug_barrier()  # every thread has read its part of the row before any writes over it
     if live & ((a != 0.0) | (b != 0.0)):
-        whole = V // BLOCK
-        if whole * BLOCK < V:
-            store_gradient(x_row, dx_row, tl.multiple_of(whole * BLOCK, BLOCK), columns, V, token, (m, log2_s), k, c, cap, BONUS)
+        store_gradient(x_row, dx_row, edge, inside, (m, log2_s), k, c, cap, BONUS)
+        whole = body // BLOCK
+        if whole * BLOCK < body:
+            column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
+            store_gradient(x_body, dx_body, column, column < body, (m, log2_s), k, c, cap, BONUS)
         for i in tl.range(0, whole, num_stages=1):
-            begin = tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK)
-            store_gradient(x_row, dx_row, begin, columns, None, token, (m, log2_s), k, c, cap, BONUS)
+            column = tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns
+            store_gradient(x_body, dx_body, column, None, (m, log2_s), k, c, cap, BONUS)
+        store_target(dx_row, token, (token >= 0) & (token < V), x_target, (m, log2_s), k, c, cap, BONUS)
     else:
-        store_zeros(dx_row, 0, V, V, columns)
+        store_zeros(dx_row, edge, inside, dx_body, 0, body, columns)
 
 
 @triton.jit(do_not_specialize=["inner"])

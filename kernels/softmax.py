@@ -89,12 +89,12 @@ def statistics(m, s, t, x_target, scale):
 
 
 @triton.jit
-def slopes(a, b, entropy, scale, x_target):
+def slopes(a, b, entropy, scale):
     """(k0, k1, k2) of d loss / d x = p (k0 + k1 log2 p), and k2 more at the target, given a = d loss / d logprob and b = d loss / d entropy:
 
-    d loss / d z = a (1[v = id] - p) + b p ((lse - entropy) - z),  and z - lse is log p.  A target of -inf has no gradient: k2 = 0.
+    d loss / d z = a (1[v = id] - p) + b p ((lse - entropy) - z),  and z - lse is log p.
     """
-    return -(a + b * entropy) * scale, -b * LN2 * scale, tl.where(x_target == NEG_INF, 0.0, a * scale)
+    return -(a + b * entropy) * scale, -b * LN2 * scale, a * scale
 
 
 @triton.jit

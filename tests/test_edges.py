@@ -160,3 +160,37 @@ def test_a_token_of_no_advantage_leaves_the_trust_region_downwards(config, backe
     for name in exact:
         assert_accurate(mine.metrics[name], exact[name], eps=1e-5 * (1.0 + abs(float(exact[name]))))
     assert any(name.startswith("clip") and float(exact[name]) == 0.5 for name in exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 6, 1027])
+def test_gradients_wherever_rows_begin(device, vocabulary, dtype):
+    """Kernels go over them 16 bytes at a time from a row's first aligned address on, and over the columns before and after one by one."""
+    rows = 9
+    ids = torch.cat([torch.arange(4), vocabulary - 1 - torch.arange(5)]).clamp(0, vocabulary - 1).to(device)
+    mask = torch.arange(rows, device=device) != 5
+    values, other = torch.randn(2, rows, vocabulary, device=device).to(dtype)
+    a, b = torch.randn(2, rows, device=device)
+    config = rk.PolicyLossConfig.reinforce(entropy_coef=0.1)
+
+    def laid_out(x, skipped, left):
+        whole = torch.full((rows, skipped + vocabulary + left), torch.nan, dtype=dtype, device=device)
+        whole[:, skipped : skipped + vocabulary] = x
+        return whole, whole[:, skipped : skipped + vocabulary].requires_grad_()
+
+    expected = None
+    for skipped, left in ((0, 0), (0, 1), (3, 0)):
+        found = []
+        for inplace in (False, True):
+            for losses in (
+                lambda x, i=inplace: rk.token_logprobs(x, ids, mask=mask, with_entropy=True, inplace_backward=i, backend="triton"),
+                lambda x, i=inplace: [rk.fused_policy_loss(x, ids, a, b, mask=mask, config=config, inplace=i, backend="triton").loss],
+                lambda x, place=(skipped, left): [rk.full_kl(x, laid_out(other, *place)[1].detach(), mask=mask, backend="triton")],
+            ):
+                whole, x = laid_out(values, skipped, left)
+                results = losses(x)
+                upstream = [a[: r.numel()].view(r.shape) if r.dim() else torch.ones_like(r) for r in results]
+                found += torch.autograd.grad(results, x, upstream)
+                assert whole.isnan().sum() == rows * (skipped + left)
+        expected = expected or found
+        assert all(torch.equal(g, e) for g, e in zip(found, expected, strict=True)), (skipped, left)

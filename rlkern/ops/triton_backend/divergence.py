@@ -11,7 +11,7 @@ from ..._backend import device_of
 from ...kernels import divergence as kernels
 from ..divergence import STATISTICS, Comparison, Divergences
 from ..logits import as_rows
-from .logits import Tile, cut
+from .logits import Tile, alike, cut, fixed
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class PairTiling(Tile):
     blocks: int
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, threads: int, loads: int) -> PairTiling:
+    def of(cls, x: Tensor, y: Tensor, threads: int, loads: int, aligned: bool) -> PairTiling:
         """By the narrower elements."""
-        return cls(*cut(x.shape[-1], min(x.element_size(), y.element_size()), threads, loads), blocks=2)
+        return cls(*cut(x.shape[-1], min(x.element_size(), y.element_size()), threads, loads, aligned), blocks=2)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int]:
@@ -55,7 +55,7 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, comparison: Comparison,
 
 def _launch(logits: Tensor, ref_logits: Tensor, o: Comparison, result: Tensor | None, statistics: Tensor, part: str) -> None:
     x, y = as_rows(logits), as_rows(ref_logits)
-    config = PairTiling.of(x, y, threads=256, loads=2)
+    config = PairTiling.of(x, y, threads=256, loads=2, aligned=fixed(x.shape[-1]))
     with device_of(x):
         kernels.divergence_kernel[(logits.shape[:-1].numel(),)](
             x,
@@ -79,7 +79,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     """Fill ``out`` with d loss / d logits."""
     x, y = as_rows(logits), as_rows(ref_logits)
     dx = as_rows(out).view(x.shape)  # as in logits.py
-    config = PairTiling.of(x, y, threads=128, loads=2)
+    config = PairTiling.of(x, y, threads=128, loads=2, aligned=alike(x, y, dx))
     parts = -(-x.shape[-1] // (config.blocks * config.columns))
     with device_of(x):
         kernels.divergence_backward_kernel[(grad.numel() * parts,)](

@@ -42,16 +42,29 @@ class Tile:
         return {"UNROLL": self.unroll, "LANES": self.lanes, "WIDTH": self.width, "num_warps": self.lanes // WARP}
 
 
-def cut(vocabulary: int, itemsize: int, threads: int, loads: int) -> tuple[int, int, int]:
+def cut(vocabulary: int, itemsize: int, threads: int, loads: int, aligned: bool) -> tuple[int, int, int]:
     """The fields of a :class:`Tile`: up to so many ``loads`` of 16 bytes for each of up to so many threads, as a row can fill.
 
-    A vocabulary that is no multiple of 16 has rows that begin anywhere, and no load of 16 bytes: neighbouring threads take single neighbours.
+    Where blocks are not ``aligned`` there is no load of 16 bytes: neighbouring threads take single neighbours.
     """
     wide = 16 // itemsize
     pieces = -(-vocabulary // wide)
     lanes = min(threads, max(WARP, 1 << (pieces - 1).bit_length()))
     unroll = min(loads, max(1, 1 << (-(-pieces // lanes) - 1).bit_length()))
-    return (lanes, unroll, wide) if vocabulary % 16 == 0 else (lanes, unroll * wide, 1)
+    return (lanes, unroll, wide) if aligned else (lanes, unroll * wide, 1)
+
+
+def fixed(vocabulary: int) -> bool:
+    """Whether blocks that begin at the same columns in each row are aligned. Sums need such: where a row lies must not change them."""
+    return vocabulary % 16 == 0
+
+
+def alike(*tensors: Tensor) -> bool:
+    """Whether all of these ``[outer, inner, V]`` are aligned, and each row begins equally many elements after an aligned address: of one layout they
+    do. Aligned pieces are then of the same columns, and what is done to each element on its own can follow addresses."""
+    wide = 16 // min(x.element_size() for x in tensors)
+    strides = {tuple(x.stride(i) % wide for i in (0, 1) if x.shape[i] > 1) for x in tensors}
+    return len(strides) == 1 and all(x.data_ptr() % (wide * x.element_size()) == 0 for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class RowConfig(Tile):
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int) -> RowConfig:
-        return cls(*cut(vocabulary, itemsize, threads=128, loads=2), segment=32768)
+        return cls(*cut(vocabulary, itemsize, threads=128, loads=2, aligned=fixed(vocabulary)), segment=32768)
 
 
 @dataclass(frozen=True)
@@ -72,19 +85,26 @@ class GradientConfig(Tile):
     blocks: int
 
     @classmethod
-    def of(cls, vocabulary: int, itemsize: int) -> GradientConfig:
-        return cls(*cut(vocabulary, itemsize, threads=128, loads=2), blocks=4)
+    def of(cls, vocabulary: int, itemsize: int, aligned: bool) -> GradientConfig:
+        return cls(*cut(vocabulary, itemsize, threads=128, loads=2, aligned=aligned), blocks=4)
 
 
 @dataclass(frozen=True)
 class LossTiling(Tile):
-    """For one program that passes over a row twice."""
+    """For one program that passes over a row twice, the second time by ``piece`` neighbours instead of ``width``."""
+
+    piece: int
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return super().arguments | {"PIECE": self.piece}
 
     @classmethod
-    def of(cls, vocabulary: int, itemsize: int) -> LossTiling:
+    def of(cls, vocabulary: int, itemsize: int, aligned: bool) -> LossTiling:
         """The rows in flight have to stay in the L2 cache (50 MB on an H100) from the first pass to the second: long ones go one to a multiprocessor,
         which 1024 threads fill; short ones several."""
-        return cls(*cut(vocabulary, itemsize, threads=1024 if vocabulary * itemsize > 96 << 10 else 512, loads=2))
+        threads = 1024 if vocabulary * itemsize > 96 << 10 else 512
+        return cls(*cut(vocabulary, itemsize, threads, loads=2, aligned=fixed(vocabulary)), piece=16 // itemsize if aligned else 1)
 
 
 def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
@@ -136,7 +156,7 @@ def gradient(out: Tensor, logits: Tensor, rows: Rows, slopes: Slopes, saved: Sav
     x = as_rows(logits)
     dx = as_rows(out).view(x.shape)  # a new tensor is of one level, but the kernel splits row numbers once
     first, columns, total = rows.columns(logits)
-    config = GradientConfig.of(x.shape[-1], x.element_size())
+    config = GradientConfig.of(x.shape[-1], x.element_size(), alike(x, dx))
     parts = -(-columns // (config.blocks * config.columns))
     if columns < x.shape[-1]:  # padding of the vocabulary
         dx[..., columns:] = 0
@@ -188,7 +208,7 @@ def policy_gradients(
             rows.cap,
             Options.of(config, 1),
             **term_functions(config),
-            **LossTiling.of(vocabulary, x.element_size()).arguments,
+            **LossTiling.of(vocabulary, x.element_size(), alike(x, dx)).arguments,
         )
 
 
