@@ -429,9 +429,9 @@ def loss_kernel(
     a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
     b = optional(entropy_weights_ptr, row, live, 0.0)
     k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
-    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     BONUS: tl.constexpr = entropy_weights_ptr is not None
-    columns = softmax.tile(UNROLL * WIDTH // PIECE, LANES, PIECE)
+    columns = softmax.tile((UNROLL * WIDTH + PIECE - 1) // PIECE, LANES, PIECE)
+    BLOCK: tl.constexpr = columns.numel
     head, body = pieces(at, V, PIECE)
     x_body, dx_body = body_pointer(x_ptr, at, head, PIECE), body_pointer(dx_ptr, dx_at, head, PIECE)
     edge, inside = edges(head, body, 0, V, LANES)
