@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgrou
 
 help:
 	@echo "make demo    watch a small language model learn sums by GRPO (2 minutes on 2 CPU cores)"
-	@echo "make pipeline    a reward model from preferences, then PPO against it (3 minutes on 2 CPU cores)"
+	@echo "make pipeline    a reward model from preferences, then PPO against it (2 minutes on 2 CPU cores)"
 	@echo "make test    style, types and tests (9 minutes on 2 CPU cores)"
 	@echo "make fuzz    random inputs, extreme ones among them, against the float64 reference; 10 minutes on 2 CPU cores"
 	@echo "make mutants faults put into a copy of the library, one at a time: is each noticed by a test? a quarter of an hour"
