@@ -104,9 +104,8 @@ class Sampler:
 
     def ended(self, batch: Completions) -> Tensor:
         """Which completions ended by themselves, [N]; the others were cut off at ``max_new_tokens``."""
-        new = batch.ids[:, -batch.mask.shape[1] :]
-        written = [row[mask.bool()].tolist() for row, mask in zip(new, batch.mask, strict=True)]
-        return torch.tensor([self.sampling.length(tokens) is not None for tokens in written], device=new.device)
+        rows, counts = batch.ids[:, -batch.mask.shape[1] :].tolist(), batch.mask.sum(1).tolist()  # at once: each is a synchronisation
+        return torch.tensor([self.sampling.length(row[:n]) is not None for row, n in zip(rows, counts, strict=True)], device=batch.ids.device)
 
     def step_ends(self, ids: Tensor, mask: Tensor, steps: Sequence[str]) -> list[int]:
         """The position in a completion, of one row of :class:`Completions`, of the token with which each of the steps of its text ends."""
