@@ -149,7 +149,8 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
             for i in op.written:
                 if not arguments[i].is_inference():
                     increment_version(arguments[i])
-            return op.run(apart() if "torch._dynamo" in sys.modules else body, arguments)
+            with torch._C._AutoDispatchBelowAutograd():  # which has nothing to do in here
+                return op.run(apart() if "torch._dynamo" in sys.modules else body, arguments)
 
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         if not op.overload._schema.returns:

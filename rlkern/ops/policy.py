@@ -157,6 +157,9 @@ def _(tokens: Tokens, config: PolicyLossConfig, wanted: Wanted, backend: str) ->
     return PolicyResults.empty(tokens.logprobs, wanted)
 
 
+_DIFFERENTIABLE = [Tokens._fields.index(name) for name in ("logprobs", "entropy")]
+
+
 class PolicyLoss(torch.autograd.Function):
     """(loss, numbers), differentiable in log-probs and entropy. ``apply(*tokens, config, with_metrics, backend)``."""
 
@@ -175,10 +178,9 @@ class PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         numbers, grad_logprobs, grad_entropy = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for name, gradient, factor, dtype in zip(("logprobs", "entropy"), (grad_logprobs, grad_entropy), numbers[:2], ctx.dtypes, strict=True):
-            index = Tokens._fields.index(name)
+        for i, (index, gradient, dtype) in enumerate(zip(_DIFFERENTIABLE, (grad_logprobs, grad_entropy), ctx.dtypes, strict=True)):
             if ctx.needs_input_grad[index]:
-                grads[index] = (gradient * (grad_loss * factor)).to(dtype)
+                grads[index] = (gradient * (grad_loss * numbers[i])).to(dtype)
         return tuple(grads)
 
 

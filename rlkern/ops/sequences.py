@@ -53,11 +53,11 @@ def divisor(
     """The number that the sum of (weighted) losses is divided by, from the counts of tokens and of non-empty sequences; 1 where that is 0."""
     if normalizer is not None:
         count = normalizer.to(dtype)
+        count = count + (count == 0)
     elif aggregation == "sum":
         return torch.ones((), dtype=dtype, device=device)
     else:
-        count = (tokens if aggregation == "token-mean" else sequences)().to(dtype)
-    count = count + (count == 0)
+        count = (tokens if aggregation == "token-mean" else sequences)().to(dtype).clamp(min=1)
     return count * max_length if aggregation == "seq-mean-token-sum-norm" else count
 
 

@@ -20,7 +20,12 @@ class Counted:
 
     def read(self, t: Tensor) -> Tensor:
         """A number a token, 0 where it does not count: there no number of ``t`` is read."""
-        return self.zeroed(per_token(t, self.like, self.cu_seqlens).to(self.dtype))
+        return self.zeroed(self.per_token(t))
+
+    def per_token(self, t: Tensor) -> Tensor:
+        """A number a token, also where it does not count."""
+        t = per_token(t, self.like, self.cu_seqlens)
+        return t if t.dtype == self.dtype else t.to(self.dtype)
 
     def zeroed(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """0 where a token does not count."""

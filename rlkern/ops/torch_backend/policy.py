@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...config import PolicyLossConfig
+from ...surrogates import own_surrogate
 from ..fused import PolicyRows
 from ..policy import Options, PolicyResults, Tokens, Wanted, needs_statistics
 from ..select import as_bool, times
@@ -25,15 +26,18 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
         outside_support = (found if mask is None else mask & found).sum(dtype=dtype)
         mask = ~found if mask is None else mask & ~found
     c = Counted(x.logprobs, mask, x.cu_seqlens, dtype)
+    # What a masked token holds need not be made 0 where nothing is added up but its loss.
+    alone = not (needs_statistics(config) or wanted.metrics or own_surrogate(config.surrogate) or x.entropy is not None)
+    of_token = c.per_token if alone else c.read
 
     def read(t: Tensor | None) -> Tensor | None:
-        return None if t is None else c.read(t)
+        return None if t is None else of_token(t)
 
-    lp, A = c.read(x.logprobs), c.read(x.advantages)
+    lp, A = of_token(x.logprobs), of_token(x.advantages)
     old, ref, w, sampling, h = (read(t) for t in (x.old_logprobs, x.ref_logprobs, x.importance_weights, x.sampling_logprobs, x.entropy))
     old = lp if old is None else old
     kept = None if x.entropy_mask is None else c.read(as_bool(x.entropy_mask))  # 1 or 0
-    length = kept_length = lp.new_ones(())
+    length = kept_length = nothing
     if needs_statistics(config):
         length = c.lengths()
         kept_length = length if kept is None else c.lengths(kept)
@@ -76,10 +80,9 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
         entropy_by = c.divisor(own, None, o.max_length, kept)
 
     loss = c.zeroed(loss)
-    total = (loss if scale is None else loss * scale).sum() / by
+    torch.div((loss if scale is None else loss * scale).sum(), by, out=out.loss)
     if h is not None and config.entropy_coef != 0:
-        total = total - config.entropy_coef * ((h if entropy_weights is None else entropy_weights * h).sum() / entropy_by)
-    out.loss.copy_(total)
+        out.loss.sub_((h if entropy_weights is None else entropy_weights * h).sum() / entropy_by, alpha=config.entropy_coef)
 
     torch.stack([by, entropy_by], out=out.numbers[:2]).reciprocal_()
     if wanted.metrics:
