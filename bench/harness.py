@@ -7,6 +7,7 @@ has to be right. Every round also copies memory and multiplies matrices: the cei
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,10 +201,13 @@ class Record:
         repeats = {name: _repeats(calls[name], device) for name in names}
         least, most = rounds
         end = clock(device) + seconds
+        order = random.Random(0)
         for done in range(most):
             if done >= least and clock(device) > end:
                 break
-            for name in names[done % len(names) :] + names[: done % len(names)]:
+            for name in order.sample(names, len(names)):
+                if repeats[name] > 1:
+                    calls[name]()  # what a short call finds in the caches is its own
                 wall, on_device = _timed(calls[name], repeats[name], device, flush)
                 timed[name].seconds[-1].append(wall)
                 if on_device is not None:

@@ -66,9 +66,21 @@ def test_contenders_take_turns(monkeypatch):
     def named(name: str) -> harness.Prepare:
         return lambda inputs: lambda: [order.append(name) or torch.full((4,), 2.0)]
 
-    record = Record(contest(rlkern=named("a"), peer=named("b"))).sit(seconds=0.0, rounds=(4, 4))
-    assert "".join(order[-8:]) == "abbaabba"  # each round begins with the next one
-    assert [len(m.seconds[0]) for m in record.table.values()] == [4, 4]
+    record = Record(contest(rlkern=named("a"), peer=named("b"))).sit(seconds=0.0, rounds=(20, 20))
+    turns = order[-40:]
+    rounds = ["".join(turns[i : i + 2]) for i in range(0, 40, 2)]
+    assert set(rounds) == {"ab", "ba"}  # nobody always follows the same one
+    assert [len(m.seconds[0]) for m in record.table.values()] == [20, 20]
+
+
+def test_short_calls_are_made_once_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(harness, "_repeats", lambda call, device: 3)
+    made: list[int] = []
+    Record(contest(rlkern=lambda inputs: lambda: [made.append(1) or torch.full((4,), 2.0)])).sit(seconds=0.0, rounds=(1, 1))
+    monkeypatch.setattr(harness, "_repeats", lambda call, device: 1)
+    once: list[int] = []
+    Record(contest(rlkern=lambda inputs: lambda: [once.append(1) or torch.full((4,), 2.0)])).sit(seconds=0.0, rounds=(1, 1))
+    assert len(made) - len(once) == 3  # three timed calls instead of one, and one before them
 
 
 def test_fractions_of_ceilings_are_of_the_same_run():
