@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from ..divergence import STATISTICS, Comparison, Divergences, common_dtype
 from ..logits import as_rows, locate, soft_capped
+from ..select import as_number
 from ..shards import LOG2E
 from .logits import Chunks, pieces, row_scale
 
-_LN2 = math.log(2.0)
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
 
 
@@ -35,13 +34,13 @@ def _exponentials(x: Tensor, c: float | Tensor, buffer: Tensor) -> tuple[Tensor,
     """(maximum, x less that, in ``buffer``, its exponentials, their sum) of soft-capped rows."""
     m = x.amax(-1, keepdim=True)
     d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer)
-    e = (d * c).exp_()
+    e = (d * (c * LOG2E)).exp2_()
     return m, d, e, e.sum(-1, keepdim=True)
 
 
-def _log_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, buffer: Tensor) -> Tensor:
+def _log2_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, buffer: Tensor) -> Tensor:
     """In ``buffer``, from the statistics of soft-capped rows."""
-    return torch.sub(x, m, out=buffer).mul_(c).sub_(log2_sum * _LN2)
+    return torch.sub(x, m, out=buffer).mul_(c * LOG2E).sub_(log2_sum)
 
 
 def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
@@ -87,7 +86,7 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statisti
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
     for rows, live, c, x, y, buffer, other in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
         m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
-        p, q = _log_p(x, m_p, log2_p, c, buffer).exp_(), _log_p(y, m_q, log2_q, c, other).exp_()
+        p, q = _log2_p(x, m_p, log2_p, c, buffer).exp2_(), _log2_p(y, m_q, log2_q, c, other).exp2_()
         terms[rows] = _mixture_terms(p, q, o.beta)[:live]
     return terms
 
@@ -108,19 +107,22 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     for rows, n, c, x, y, buffer, other in _pairs(logits, ref_logits, o, live, statistics.dtype):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d, d_ref = _log_p(x, m_p, log2_p, c, buffer), _log_p(y, m_q, log2_q, c, other)
+        d, d_ref = _log2_p(x, m_p, log2_p, c, buffer), _log2_p(y, m_q, log2_q, c, other)
+        factor = upstream[rows].unsqueeze(1) * c
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
-            excluded = d == -torch.inf
-            dz = d.exp_().sub_(d_ref.exp_().masked_fill_(excluded, 0.0)).add_(0.0 * log2_q)
+            included = as_number(torch.gt, d, -torch.inf)
+            dz = d.exp2_().sub_(d_ref.exp2_().mul_(included))
+            factor = factor + 0.0 * log2_q
         elif o.beta == 1:
             ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-_HIGHEST)
-            dz = d.exp_().mul_(ratio.sub_(mean))
+            dz = d.exp2_().mul_(ratio.sub_(mean * LOG2E))
+            factor = factor / LOG2E
         else:
-            p = d.exp_()
-            dz = p * _log_ratio(p, _mixture(p, d_ref.exp_(), o.beta)).sub_(mean)
-        factor = upstream[rows].unsqueeze(1) * c
-        dz.mul_(factor if o.beta in (0, 1) else factor * (1 - o.beta))
+            p = d.exp2_()
+            dz = p * _log_ratio(p, _mixture(p, d_ref.exp2_(), o.beta)).sub_(mean)
+            factor = factor * (1 - o.beta)
+        dz.mul_(factor)
         if slope is not None:
             dz.mul_(slope)
         dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
