@@ -10,9 +10,11 @@ differences to the maxima, ``D = log2 p - log2 q = c ((x - m_p) - (y - m_q)) - (
 import triton
 import triton.language as tl
 
-from . import logits, softmax
+from . import logits, softcap, softmax
 
 INF = tl.constexpr(float("inf"))
+# A difference from softmax.FINITE_MIN, which stands for -inf, is more. The least number of the narrower dtypes, a usual mask, is not as far away.
+FARTHEST = tl.constexpr(3.4e38)
 # The least factor of a sum that may be infinite already: times 0 it would turn to NaN.
 LEAST = tl.constexpr(1e-37)
 
@@ -22,11 +24,13 @@ def cross(t, s, m, m_new, other, other_new, x, y, c):
     """Take a block into the lanes' t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the
     block."""
     shift = softmax.shift(m, m_new, c)
-    a = x - softmax.of_lane(softmax.anchored(m_new))
-    b = y - softmax.of_lane(softmax.anchored(other_new))
-    term = tl.where(y == softmax.NEG_INF, INF, tl.exp2(a * c) * (a - b))
-    term = tl.where(x == softmax.NEG_INF, 0.0, term)
-    return tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + softmax.lane_sum(term) * c
+    a = x - softmax.of_lane(m_new)
+    b = y - softmax.of_lane(other_new)
+    # Finite: 0 where both are -inf, and where only b is so large that it tells, also if 2^d rounds to 0.
+    ratio = tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)
+    more = softmax.lane_sum(tl.exp2(a * c) * ratio) * c
+    t = tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + more
+    return tl.where(softmax.lane_max(ratio) > FARTHEST, INF, t)
 
 
 @triton.jit
@@ -72,8 +76,8 @@ def to_mixture(D, beta):
 @triton.jit
 def take(p, q, t, x, y, c, cap, CROSS: tl.constexpr):
     """A block of both rows, taken into the states (m, s) of their lanes, and into t of ``cross`` if it is wanted."""
-    x = logits.soft_cap(x, cap)[0]
-    y = logits.soft_cap(y, cap)[0]
+    x = softcap.capped(x, cap)
+    y = softcap.capped(y, cap)
     m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False)
     m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False)
     if CROSS:
@@ -87,13 +91,17 @@ def first_pass(
 ):
     """(m_p, s_p, m_q, s_q, t): the states of both rows, and t of ``cross`` if it is wanted."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    c = softcap.times_unit(c, cap)
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     m_p, s_p, t = softmax.start(LANES)
     m_q, s_q, _none = softmax.start(LANES)
     rest = stop // BLOCK * BLOCK
-    for begin in tl.range(0, rest, BLOCK, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK) + columns, None, EVICTION)
+    x_block, y_block = x_row, y_row
+    for _ in tl.range(0, stop // BLOCK, num_stages=1):
+        x, y = load_block(x_block, y_block, columns, None, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
+        x_block += BLOCK
+        y_block += BLOCK
     if rest < stop:
         column = tl.multiple_of(rest, BLOCK) + columns
         x, y = load_block(x_row, y_row, column, column < V, EVICTION)
@@ -103,15 +111,17 @@ def first_pass(
     moved_p = softmax.shift(m_p, top_p, c)
     moved_q = softmax.shift(m_q, top_q, c)
     t = tl.maximum(tl.exp2(moved_p), LEAST) * (t + (moved_p - moved_q) * s_p)
-    return top_p, tl.sum(tl.exp2(moved_p) * s_p, 0), top_q, tl.sum(tl.exp2(moved_q) * s_q, 0), tl.sum(t, 0)
+    s_p = tl.sum(tl.exp2(moved_p) * s_p, 0)
+    s_q = tl.sum(tl.exp2(moved_q) * s_q, 0)
+    return softcap.uncapped(top_p, cap), s_p, softcap.uncapped(top_q, cap), s_q, tl.sum(t, 0)
 
 
 @triton.jit
 def mixture_terms(x, y, c, cap, beta, saved):
     """p log2 (p / M) and q log2 (q / M) of a block, added up for each lane; ``saved`` = (m_p, log2 s_p, m_q, log2 s_q)."""
     m_p, log2_p_sum, m_q, log2_q_sum = saved
-    x = logits.soft_cap(x, cap)[0]
-    y = logits.soft_cap(y, cap)[0]
+    x = softcap.value_and_slope(x, cap)[0]
+    y = softcap.value_and_slope(y, cap)[0]
     D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
     log2_m, apart, smaller = to_mixture(D, beta)
     # Both probabilities from one 2^: the units for it are what bounds this pass.
@@ -131,10 +141,10 @@ def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexp
     whole = stop // BLOCK
     if whole * BLOCK < stop:
         column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
-        x, y = load_block(x_row, y_row, column, column < V, "evict_first")
+        x, y = load_block(x_row, y_row, column, column < V, "")
         of_p, of_q = mixture_terms(x, y, c, cap, beta, saved)
     for i in tl.range(0, whole, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "evict_first")
+        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "")
         more_p, more_q = mixture_terms(x, y, c, cap, beta, saved)
         of_p += more_p
         of_q += more_q
@@ -193,6 +203,7 @@ def divergence_kernel(
     KL(p || M). Where other ranks have columns too, "states": it takes m_p, s_p, m_q, s_q and t of these columns, of (q, p) in reverse; then for a JSD
     "terms": it holds the statistics of all columns, and ``result_ptr [rows, 2]`` takes the terms of these.
     """
+    cap = logits.number(cap)
     row = tl.program_id(0).to(tl.int64)
     live = is_live(row, mask_ptr)
     c = logits.row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
@@ -200,7 +211,7 @@ def divergence_kernel(
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
     if KIND == "reverse":  # the same, from the other side
         x_row, y_row = y_row, x_row
-    EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else "evict_first"
+    EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else ""
     stop = tl.where(live, V, 0)  # a dead row has no columns
     if PART == "terms":
         m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
@@ -237,9 +248,9 @@ def divergence_kernel(
 def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.constexpr):
     """d result / d x of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
     m_p, log2_p_sum, m_q, log2_q_sum, mean = saved
-    x, y = load_block(rows[0], rows[1], column, mask, "evict_first")
-    x, slope = logits.soft_cap(x, cap)
-    y = logits.soft_cap(y, cap)[0]
+    x, y = load_block(rows[0], rows[1], column, mask, "")
+    x, slope = softcap.value_and_slope(x, cap)
+    y = softcap.value_and_slope(y, cap)[0]
     p = tl.exp2((x - m_p) * c - log2_p_sum)
     if KIND == "reverse":
         dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
@@ -290,6 +301,7 @@ def divergence_backward_kernel(
     d / d z = p (log p - log q - KL(p || q)),  p - q,  or (1 - beta) p (log p - log M - KL(p || M)).
     """
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    cap = logits.number(cap)
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
     live = is_live(row, mask_ptr)
@@ -300,7 +312,7 @@ def divergence_backward_kernel(
     saved = (m_p, log2_p_sum, m_q, log2_q_sum, mean)
     scale = logits.row_scale(row, scale, temperature_ptr, live)
     c = scale * softmax.LOG2E
-    factor = upstream * (scale if cap is None else 4.0 * scale)  # see logits.soft_cap
+    factor = upstream * (scale if cap is None else 4.0 * scale)  # see softcap.value_and_slope
     beta = tl.cast(beta, tl.float32)
     x_at = logits.row_offset(row, x_inner, x_outer_stride, x_inner_stride)
     y_at = logits.row_offset(row, y_inner, y_outer_stride, y_inner_stride)

@@ -13,18 +13,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # Stands for -inf where it meets a probability of 0: the product is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def anchored(m):
-    """The maximum to subtract: 0 for a row of -inf so far, where -inf - -inf would be NaN."""
-    return tl.where(m == NEG_INF, 0.0, m)
+# No logit is less but -inf, which this may be subtracted from: the maximum of what has no other.
+FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def shift(m, m_new, c):
-    """How far, in bits, distances from a maximum move as it rises: 0 at most, and 0 for a state that holds nothing yet."""
-    return tl.where(m == NEG_INF, 0.0, (m - anchored(m_new)) * c)
+    """How far, in bits, distances from a maximum move as it rises: 0 at most, and finite for a state that holds nothing yet."""
+    return tl.maximum((m - m_new) * c, LOWEST)
 
 
 @triton.jit
@@ -54,7 +50,7 @@ def of_lane(x):
 @triton.jit
 def start(LANES: tl.constexpr):
     """The states of lanes that have seen nothing."""
-    return tl.full([LANES], NEG_INF, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    return tl.full([LANES], FINITE_MIN, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
 
 
 @triton.jit
@@ -63,7 +59,7 @@ def update(m, s, t, x, c, ENTROPY: tl.constexpr):
     m_new = tl.maximum(m, lane_max(x))
     moved = shift(m, m_new, c)
     scale = tl.exp2(moved)
-    d = (x - of_lane(anchored(m_new))) * c
+    d = (x - of_lane(m_new)) * c
     e = tl.exp2(d)
     if ENTROPY:
         t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST))
