@@ -17,6 +17,7 @@ INF = tl.constexpr(float("inf"))
 FARTHEST = tl.constexpr(3.4e38)
 # The least factor of a sum that may be infinite already: times 0 it would turn to NaN.
 LEAST = tl.constexpr(1e-37)
+LEAST_WEIGHT = tl.constexpr(1e-20)
 
 
 @triton.jit
@@ -64,13 +65,51 @@ def log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c):
     return tl.where(D == D, D, 0.0)  # NaN there; rows whose statistics are NaN have that from elsewhere
 
 
+# ---- the mixture M = A + B, with A = (1 - beta) p and B = beta q
+
+
 @triton.jit
-def to_mixture(D, beta):
-    """For M = (1 - beta) p + beta q:  log2 M minus the larger of log2 p and log2 q,  |D| (finite),  and 2^-|D|."""
-    apart = tl.minimum(tl.abs(D), -softmax.LOWEST)
-    smaller = tl.exp2(-apart)
-    weight = tl.where(D >= 0.0, beta, 1.0 - beta)  # of the smaller
-    return tl.log2((1.0 - weight) + weight * smaller), apart, smaller
+def log2_of_sum(r):
+    """log2 (1 + r) for r in [0, 1], to 1e-8 before rounding, by the polynomial that errs least: the hardware's logarithm is too rough near 1, and the
+    library's takes twice as long, for numbers that are not among these."""
+    q = 0.005670459009706974 * r - 0.03441618010401726
+    q = q * r + 0.09822550415992737
+    q = q * r - 0.18309086561203003
+    q = q * r + 0.2679058611392975
+    q = q * r - 0.3559516370296478
+    q = q * r + 0.4802683889865875
+    q = q * r - 0.7213056087493896
+    q = q * r + 1.442694067955017
+    return q * r
+
+
+@triton.jit
+def weights(beta):
+    """(1 - beta, beta), neither 0."""
+    return tl.maximum(1.0 - beta, LEAST_WEIGHT), tl.maximum(beta, LEAST_WEIGHT)
+
+
+@triton.jit
+def mixture(beta, log2_p_sum, log2_q_sum):
+    """Of a row: how much less log2 A, and log2 B, is than the distance to the maximum, in bits; how much more that is for A; log2 A - log2 B where
+    p = q, and log2 (1 + 2^-|that|)."""
+    weight_p, weight_q = weights(beta)
+    log2_p = tl.log2(weight_p)
+    log2_q = tl.log2(weight_q)
+    greater = log2_p - log2_q
+    return log2_p_sum - log2_p, log2_q_sum - log2_q, (log2_p_sum - log2_q_sum) - greater, greater, log2_of_sum(tl.exp2(-tl.abs(greater)))
+
+
+@triton.jit
+def against_mixture(x, y, m_p, m_q, c, mixed):
+    """(A, B, log2 (p / M), log2 (q / M)): 0 where p = q. All of them finite, so that a probability of 0 makes 0 of what it is multiplied with."""
+    a = tl.maximum(x - m_p, softmax.LOWEST)
+    b = tl.maximum(y - m_q, softmax.LOWEST)
+    D = (a - b) * c - mixed[2]  # log2 A - log2 B
+    more = log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]
+    of_p = (tl.minimum(D, 0.0) - tl.minimum(mixed[3], 0.0)) - more
+    of_q = (tl.maximum(mixed[3], 0.0) - tl.maximum(D, 0.0)) - more
+    return tl.exp2(a * c - mixed[0]), tl.exp2(b * c - mixed[1]), of_p, of_q
 
 
 @triton.jit
@@ -117,38 +156,36 @@ def first_pass(
 
 
 @triton.jit
-def mixture_terms(x, y, c, cap, beta, saved):
-    """p log2 (p / M) and q log2 (q / M) of a block, added up for each lane; ``saved`` = (m_p, log2 s_p, m_q, log2 s_q)."""
-    m_p, log2_p_sum, m_q, log2_q_sum = saved
+def mixture_terms(x, y, m_p, m_q, c, cap, mixed):
+    """A log2 (p / M) and B log2 (q / M) of a block, added up for each lane."""
     x = softcap.value_and_slope(x, cap)[0]
     y = softcap.value_and_slope(y, cap)[0]
-    D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-    log2_m, apart, smaller = to_mixture(D, beta)
-    # Both probabilities from one 2^: the units for it are what bounds this pass.
-    large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
-    of_large = -large * log2_m
-    of_small = -large * smaller * (log2_m + apart)
-    return softmax.lane_sum(tl.where(D >= 0.0, of_large, of_small)), softmax.lane_sum(tl.where(D >= 0.0, of_small, of_large))
+    A, B, of_p, of_q = against_mixture(x, y, m_p, m_q, c, mixed)
+    return softmax.lane_sum(A * of_p), softmax.lane_sum(B * of_q)
 
 
 @triton.jit
 def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """sum p log2 (p / M) and sum q log2 (q / M); backwards, since the cache still holds what was read last."""
+    """sum p log2 (p / M) and sum q log2 (q / M); backwards, since the cache still holds what was read last. ``saved`` = (m_p, log2 s_p, m_q,
+    log2 s_q)."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     columns = softmax.tile(UNROLL, LANES, WIDTH)
+    m_p, log2_p_sum, m_q, log2_q_sum = saved
+    mixed = mixture(beta, log2_p_sum, log2_q_sum)
     of_p = tl.zeros([LANES], tl.float32)
     of_q = tl.zeros([LANES], tl.float32)
     whole = stop // BLOCK
     if whole * BLOCK < stop:
         column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
         x, y = load_block(x_row, y_row, column, column < V, "")
-        of_p, of_q = mixture_terms(x, y, c, cap, beta, saved)
+        of_p, of_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed)
     for i in tl.range(0, whole, num_stages=1):
         x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "")
-        more_p, more_q = mixture_terms(x, y, c, cap, beta, saved)
+        more_p, more_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed)
         of_p += more_p
         of_q += more_q
-    return tl.sum(of_p, 0), tl.sum(of_q, 0)
+    weight_p, weight_q = weights(beta)
+    return tl.sum(of_p, 0) / weight_p, tl.sum(of_q, 0) / weight_q
 
 
 @triton.jit
@@ -251,18 +288,17 @@ def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.con
     x, y = load_block(rows[0], rows[1], column, mask, "")
     x, slope = softcap.value_and_slope(x, cap)
     y = softcap.value_and_slope(y, cap)[0]
-    p = tl.exp2((x - m_p) * c - log2_p_sum)
-    if KIND == "reverse":
-        dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
+    if KIND == "jsd":
+        A, _b, of_p, _q = against_mixture(x, y, m_p, m_q, c, mixture(beta, log2_p_sum, log2_q_sum))
+        dx = A * (of_p * softmax.LN2 - mean) * factor
     else:
-        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-        if KIND == "kl":
-            dz = p * (D * softmax.LN2 - mean)
+        p = tl.exp2((x - m_p) * c - log2_p_sum)
+        if KIND == "reverse":
+            dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
         else:
-            log2_m, apart, _ = to_mixture(D, beta)
-            dz = (beta - 1.0) * p * ((log2_m + tl.where(D >= 0.0, 0.0, apart)) * softmax.LN2 + mean)
-    # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
-    dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
+            dz = p * (log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c) * softmax.LN2 - mean)
+        # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
+        dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
     if cap is not None:
         dx *= slope
     tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)

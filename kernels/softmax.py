@@ -20,7 +20,7 @@ FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 @triton.jit
 def shift(m, m_new, c):
     """How far, in bits, distances from a maximum move as it rises: 0 at most, and finite for a state that holds nothing yet."""
-    return tl.maximum((m - m_new) * c, LOWEST)
+    return tl.maximum(m - m_new, LOWEST) * c
 
 
 @triton.jit

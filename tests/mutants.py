@@ -41,7 +41,7 @@ LOGITS, SCAN, VALUE = "logprobs edges fused", "scan", "value_loss"
 FAULTS = (
     # ---- the online softmax
     Fault("kernels/softmax.py", "tl.full([LANES], FINITE_MIN, tl.float32)", "tl.full([LANES], NEG_INF, tl.float32)", LOGITS),
-    Fault("kernels/softmax.py", "return tl.maximum((m - m_new) * c, LOWEST)", "return (m - m_new) * c", LOGITS),
+    Fault("kernels/softmax.py", "return tl.maximum(m - m_new, LOWEST) * c", "return (m - m_new) * c", LOGITS),
     Fault("kernels/softmax.py", "t = scale * (t + moved * s) + lane_sum", "t = scale * t + lane_sum", LOGITS),
     Fault("kernels/softmax.py", "lane_sum(e * tl.maximum(d, LOWEST))", "lane_sum(e * d)", LOGITS),
     Fault("kernels/softmax.py", "scale * s + lane_sum(e), t", "s + lane_sum(e), t", LOGITS),
@@ -108,7 +108,10 @@ FAULTS = (
     # ---- two models
     Fault("kernels/divergence.py", "tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)", "a - b", "divergence"),
     Fault("kernels/divergence.py", "tl.where(softmax.lane_max(ratio) > FARTHEST, INF, t)", "t", "divergence"),
-    Fault("kernels/divergence.py", "weight = tl.where(D >= 0.0, beta, 1.0 - beta)", "weight = tl.where(D >= 0.0, 1.0 - beta, beta)", "divergence"),
+    Fault("kernels/divergence.py", "(log2_p_sum - log2_q_sum) - greater, greater", "log2_p_sum - log2_q_sum, greater", "divergence"),
+    Fault("kernels/divergence.py", "a = tl.maximum(x - m_p, softmax.LOWEST)", "a = x - m_p", "divergence"),
+    Fault("kernels/divergence.py", "log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]", "log2_of_sum(tl.exp2(-tl.abs(D))) - 1.0", "divergence"),
+    Fault("kernels/divergence.py", "q = q * r - 0.3559516370296478", "q = q * r - 0.3559616370296478", "divergence"),
     Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
     # ---- around them
     Fault("rlkern/advantages.py", "concatenated(x, sizes, process_group)", "x", "distributed advantages"),

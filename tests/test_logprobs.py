@@ -480,4 +480,5 @@ def test_the_state_of_a_part_of_minus_infinity_is_empty(backend, device):
     """As a rank's part of the vocabulary may be: what it merges with is all there is."""
     rows = ops.Rows(torch.zeros(1, dtype=torch.int64, device=device), None, None, 1.0, None, backend, None)
     state = backend_of(backend).states(torch.full((1, 40), -torch.inf, device=device), rows, True)
-    assert state[0, 0] <= torch.finfo(torch.float32).min and state[0, 1:3].tolist() == [0.0, 0.0]
+    assert state[0, 0] <= torch.finfo(torch.float32).min
+    assert state[0, 1:3].tolist() == [0.0, 0.0]
