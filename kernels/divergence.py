@@ -135,15 +135,13 @@ def first_pass(
     m_p, s_p, t = softmax.start(LANES)
     m_q, s_q, _none = softmax.start(LANES)
     rest = stop // BLOCK * BLOCK
-    x_block, y_block = x_row, y_row
     for _ in tl.range(0, stop // BLOCK, num_stages=1):
-        x, y = load_block(x_block, y_block, columns, None, EVICTION)
+        x, y = load_block(x_row, y_row, columns, None, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
-        x_block += BLOCK
-        y_block += BLOCK
+        x_row += BLOCK
+        y_row += BLOCK
     if rest < stop:
-        column = tl.multiple_of(rest, BLOCK) + columns
-        x, y = load_block(x_row, y_row, column, column < V, EVICTION)
+        x, y = load_block(x_row, y_row, columns, tl.multiple_of(rest, BLOCK) + columns < V, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
     top_p = tl.max(m_p, 0)
     top_q = tl.max(m_q, 0)

@@ -70,7 +70,7 @@ def segment_statistics(x_row, start, stop, V, c, cap, columns, ENTROPY: tl.const
     BLOCK: tl.constexpr = columns.numel
     m, s, t = softmax.start(columns.shape[1])
     rest = start + (stop - start) // BLOCK * BLOCK
-    block = x_row + tl.multiple_of(start, BLOCK)
+    block = x_row + start
     for _ in tl.range(0, (stop - start) // BLOCK, num_stages=1):
         x = tl.load(block + columns, eviction_policy=EVICTION)
         m, s, t = take((m, s, t), x, c, cap, ENTROPY)
