@@ -238,7 +238,6 @@ def divergence_kernel(
     KL(p || M). Where other ranks have columns too, "states": it takes m_p, s_p, m_q, s_q and t of these columns, of (q, p) in reverse; then for a JSD
     "terms": it holds the statistics of all columns, and ``result_ptr [rows, 2]`` takes the terms of these.
     """
-    cap = logits.number(cap)
     row = tl.program_id(0).to(tl.int64)
     live = is_live(row, mask_ptr)
     c = logits.row_scale(row, scale, temperature_ptr, live) * softmax.LOG2E
@@ -335,7 +334,6 @@ def divergence_backward_kernel(
     d / d z = p (log p - log q - KL(p || q)),  p - q,  or (1 - beta) p (log p - log M - KL(p || M)).
     """
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
-    cap = logits.number(cap)
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
     live = is_live(row, mask_ptr)

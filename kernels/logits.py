@@ -34,15 +34,9 @@ def is_live(row, ids_ptr, mask_ptr, in_range):
 
 
 @triton.jit
-def number(x):
-    """A scalar argument, or None."""
-    return None if x is None else tl.cast(x, tl.float32)
-
-
-@triton.jit
 def row_scale(row, scale, temperature_ptr, live):
     """logit_scale / T of a row: ``scale`` holds all of it, or only the logit scale where there is a temperature for each token."""
-    scale = number(scale)
+    scale = tl.cast(scale, tl.float32)
     if temperature_ptr is not None:
         scale = scale / tl.load(temperature_ptr + row, mask=live, other=1.0).to(tl.float32)
     return scale
@@ -125,7 +119,6 @@ def statistics_kernel(
 
     A row of one segment is finished here; otherwise ``partial_ptr [rows, segments, 3]`` takes the state, for combine_kernel.
     """
-    cap = number(cap)
     program = tl.program_id(0)
     row = (program // segments).to(tl.int64)
     part = program % segments
@@ -169,7 +162,6 @@ def combine_kernel(
     SEGMENTS: tl.constexpr,
 ):
     """Merge the segments of ROWS rows, and fetch their targets. SEGMENTS: a power of two that holds ``segments``."""
-    cap = number(cap)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < N
     token, live = is_live(row, ids_ptr, mask_ptr, keep)
@@ -295,7 +287,6 @@ def backward_kernel(
     """
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     ENTROPY: tl.constexpr = grad_entropy_ptr is not None
-    cap = number(cap)
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
     token, live = is_live(row, ids_ptr, mask_ptr, True)
@@ -387,7 +378,6 @@ def loss_kernel(
 
     The second pass, which loads and stores PIECE neighbours at a time, runs backwards: it begins with what was read last and the cache still holds.
     """
-    cap = number(cap)
     row = tl.program_id(0).to(tl.int64)
     token, live = is_live(row, ids_ptr, live_ptr, True)
     scale = row_scale(row, scale, temperature_ptr, live)
