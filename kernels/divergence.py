@@ -115,8 +115,9 @@ def against_mixture(x, y, m_p, m_q, c, mixed):
 @triton.jit
 def take(p, q, t, x, y, c, cap, CROSS: tl.constexpr):
     """A block of both rows, taken into the states (m, s) of their lanes, and into t of ``cross`` if it is wanted."""
-    x = softcap.capped(x, cap)
-    y = softcap.capped(y, cap)
+    LANES: tl.constexpr = t.shape[0]
+    x = softcap.capped(softmax.in_lanes(x, LANES), cap)
+    y = softcap.capped(softmax.in_lanes(y, LANES), cap)
     m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False)
     m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False)
     if CROSS:
@@ -154,12 +155,12 @@ def first_pass(
 
 
 @triton.jit
-def mixture_terms(x, y, m_p, m_q, c, cap, mixed):
+def mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES: tl.constexpr):
     """A log2 (p / M) and B log2 (q / M) of a block, added up for each lane."""
     x = softcap.value_and_slope(x, cap)[0]
     y = softcap.value_and_slope(y, cap)[0]
     A, B, of_p, of_q = against_mixture(x, y, m_p, m_q, c, mixed)
-    return softmax.lane_sum(A * of_p), softmax.lane_sum(B * of_q)
+    return softmax.lane_sum(softmax.in_lanes(A * of_p, LANES)), softmax.lane_sum(softmax.in_lanes(B * of_q, LANES))
 
 
 @triton.jit
@@ -176,10 +177,10 @@ def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexp
     if whole * BLOCK < stop:
         column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
         x, y = load_block(x_row, y_row, column, column < V, "")
-        of_p, of_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed)
+        of_p, of_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
     for i in tl.range(0, whole, num_stages=1):
         x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "")
-        more_p, more_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed)
+        more_p, more_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
         of_p += more_p
         of_q += more_q
     weight_p, weight_q = weights(beta)

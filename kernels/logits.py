@@ -52,17 +52,18 @@ def load_target(x_row, token, V, live):
 @triton.jit
 def take(state, x, c, cap, ENTROPY: tl.constexpr):
     """A block of a row, taken into the states of its lanes."""
-    return softmax.update(state[0], state[1], state[2], softcap.capped(x.to(tl.float32), cap), softcap.times_unit(c, cap), ENTROPY)
+    x = softmax.in_lanes(x.to(tl.float32), state[0].shape[0])
+    return softmax.update(state[0], state[1], state[2], softcap.capped(x, cap), softcap.times_unit(c, cap), ENTROPY)
 
 
 @triton.jit
-def segment_statistics(x_row, start, stop, V, c, cap, columns, ENTROPY: tl.constexpr, EVICTION: tl.constexpr):
+def segment_statistics(x_row, start, stop, V, c, cap, columns, LANES: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr):
     """State of the online softmax over the columns [start, stop) of a row: whole blocks, which need no mask, and the rest of the row.
 
     ``columns``: a :func:`softmax.tile`.
     """
     BLOCK: tl.constexpr = columns.numel
-    m, s, t = softmax.start(columns.shape[1])
+    m, s, t = softmax.start(LANES)
     rest = start + (stop - start) // BLOCK * BLOCK
     block = x_row + start
     for _ in tl.range(0, (stop - start) // BLOCK, num_stages=1):
@@ -128,7 +129,7 @@ def statistics_kernel(
     start = part * SEGMENT
     # A dead row has no columns.
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
-    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), ENTROPY, "")
+    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), LANES, ENTROPY, "")
     if partial_ptr is None:
         x_target = softcap.value_and_slope(load_target(x_row, token, V, live), cap)[0]
         store_statistics(row, True, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
@@ -390,7 +391,7 @@ def loss_kernel(
     stop = tl.where(live, V, 0)
     c = scale * softmax.LOG2E
     columns = softmax.tile(UNROLL, LANES, WIDTH)
-    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, HAS_ENTROPY, "evict_last")
+    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, LANES, HAS_ENTROPY, "evict_last")
     lp, entropy, log2_s = softmax.statistics(m, s, t, softcap.value_and_slope(x_target, cap)[0], scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)

@@ -25,9 +25,14 @@ def shift(m, m_new, c):
 
 @triton.jit
 def tile(UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of the columns of a block, ``[UNROLL, LANES, WIDTH]``: WIDTH neighbours are a load of 16 bytes, and a thread has one lane."""
-    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return lane[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    """Offsets of the columns of a block, ``[UNROLL, LANES * WIDTH]``: of a row of these each thread has WIDTH neighbours, a load of 16 bytes."""
+    return tl.arange(0, UNROLL)[:, None] * (LANES * WIDTH) + tl.arange(0, LANES * WIDTH)[None, :]
+
+
+@triton.jit
+def in_lanes(x, LANES: tl.constexpr):
+    """A block as ``[UNROLL, LANES, WIDTH]``, of which a thread has one lane."""
+    return tl.reshape(x, [x.shape[0], LANES, x.shape[1] // LANES])
 
 
 @triton.jit
