@@ -13,8 +13,7 @@ import triton.language as tl
 from . import logits, softcap, softmax
 
 INF = tl.constexpr(float("inf"))
-# A difference from softmax.FINITE_MIN, which stands for -inf, is more. The least number of the narrower dtypes, a usual mask, is not as far away.
-FARTHEST = tl.constexpr(3.4e38)
+HALF_MAX = tl.constexpr(1.7014117331926443e38)  # of the largest number
 # The least factor of a sum that may be infinite already: times 0 it would turn to NaN.
 LEAST = tl.constexpr(1e-37)
 LEAST_WEIGHT = tl.constexpr(1e-20)
@@ -25,13 +24,13 @@ def cross(t, s, m, m_new, other, other_new, x, y, c):
     """Take a block into the lanes' t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the
     block."""
     shift = softmax.shift(m, m_new, c)
-    a = x - softmax.of_lane(m_new)
-    b = y - softmax.of_lane(other_new)
-    # Finite: 0 where both are -inf, and where only b is so large that it tells, also if 2^d rounds to 0.
+    a = softmax.half(x, m_new)
+    b = softmax.half(y, other_new)
+    # Finite: 0 where both are -inf. Where only b is, that tells, also if 2^d rounds to 0: half of no number is as far away.
     ratio = tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)
-    more = softmax.lane_sum(tl.exp2(a * c) * ratio) * c
+    more = softmax.lane_sum(tl.exp2(a * (2.0 * c)) * ratio) * (2.0 * c)
     t = tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + more
-    return tl.where(softmax.lane_max(ratio) > FARTHEST, INF, t)
+    return tl.where(softmax.lane_max(ratio) > HALF_MAX, INF, t)
 
 
 @triton.jit
@@ -59,10 +58,9 @@ def log2_sum(s):
 
 
 @triton.jit
-def log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c):
-    """D = log2 p - log2 q; 0 where both are 0."""
-    D = ((x - m_p) - (y - m_q)) * c - (log2_p_sum - log2_q_sum)
-    return tl.where(D == D, D, 0.0)  # NaN there; rows whose statistics are NaN have that from elsewhere
+def distances(x, y, m_p, m_q):
+    """Of x and y from their maxima; finite, and so is all that follows from them: a probability of 0 makes 0 of what it is multiplied with."""
+    return tl.maximum(x - m_p, softmax.LOWEST), tl.maximum(y - m_q, softmax.LOWEST)
 
 
 # ---- the mixture M = A + B, with A = (1 - beta) p and B = beta q
@@ -102,9 +100,8 @@ def mixture(beta, log2_p_sum, log2_q_sum):
 
 @triton.jit
 def against_mixture(x, y, m_p, m_q, c, mixed):
-    """(A, B, log2 (p / M), log2 (q / M)): 0 where p = q. All of them finite, so that a probability of 0 makes 0 of what it is multiplied with."""
-    a = tl.maximum(x - m_p, softmax.LOWEST)
-    b = tl.maximum(y - m_q, softmax.LOWEST)
+    """(A, B, log2 (p / M), log2 (q / M)): 0 where p = q."""
+    a, b = distances(x, y, m_p, m_q)
     D = (a - b) * c - mixed[2]  # log2 A - log2 B
     more = log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]
     of_p = (tl.minimum(D, 0.0) - tl.minimum(mixed[3], 0.0)) - more
@@ -118,8 +115,8 @@ def take(p, q, t, x, y, c, cap, CROSS: tl.constexpr):
     LANES: tl.constexpr = t.shape[0]
     x = softcap.capped(softmax.in_lanes(x, LANES), cap)
     y = softcap.capped(softmax.in_lanes(y, LANES), cap)
-    m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False)
-    m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False)
+    m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False, CROSS)
+    m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False, CROSS)
     if CROSS:
         t = cross(t, p[1], p[0], m_p, q[0], m_q, x, y, c)
     return m_p, s_p, m_q, s_q, t
@@ -288,15 +285,15 @@ def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.con
     y = softcap.value_and_slope(y, cap)[0]
     if KIND == "jsd":
         A, _b, of_p, _q = against_mixture(x, y, m_p, m_q, c, mixture(beta, log2_p_sum, log2_q_sum))
-        dx = A * (of_p * softmax.LN2 - mean) * factor
+        dz = A * (of_p * softmax.LN2 - mean)
+    elif KIND == "kl":
+        a, b = distances(x, y, m_p, m_q)
+        D = (a - b) * c - (log2_p_sum - log2_q_sum)
+        dz = tl.exp2(a * c - log2_p_sum) * (D * softmax.LN2 - mean)
     else:
-        p = tl.exp2((x - m_p) * c - log2_p_sum)
-        if KIND == "reverse":
-            dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
-        else:
-            dz = p * (log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c) * softmax.LN2 - mean)
-        # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
-        dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
+        dz = tl.exp2((x - m_p) * c - log2_p_sum) - tl.exp2((y - m_q) * c - log2_q_sum)
+        dz = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz)  # NaN there too in a row whose statistics are not finite
+    dx = dz * factor
     if cap is not None:
         dx *= slope
     tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)

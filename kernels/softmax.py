@@ -59,12 +59,19 @@ def start(LANES: tl.constexpr):
 
 
 @triton.jit
-def update(m, s, t, x, c, ENTROPY: tl.constexpr):
-    """Take a block ``x [UNROLL, LANES, WIDTH]`` into the states of its lanes: one 2^d an element, and all else once a lane."""
+def half(x, m):
+    """Half of what ``x [UNROLL, LANES, WIDTH]`` is from the maxima of its lanes; as exact as the whole."""
+    return 0.5 * x - of_lane(0.5 * m)
+
+
+@triton.jit
+def update(m, s, t, x, c, ENTROPY: tl.constexpr, HALF: tl.constexpr = False):
+    """Take a block ``x [UNROLL, LANES, WIDTH]`` into the states of its lanes: one 2^d an element, and all else once a lane. HALF: d, and so 2^d, by
+    :func:`half`, for a caller that needs this too."""
     m_new = tl.maximum(m, lane_max(x))
     moved = shift(m, m_new, c)
     scale = tl.exp2(moved)
-    d = (x - of_lane(m_new)) * c
+    d = half(x, m_new) * (2.0 * c) if HALF else (x - of_lane(m_new)) * c
     e = tl.exp2(d)
     if ENTROPY:
         t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST))

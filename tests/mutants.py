@@ -107,9 +107,10 @@ FAULTS = (
     Fault("rlkern/ops/torch_backend/scan.py", "            passes[t].bitwise_and_(passes[t + 1])\n", "            pass\n", "scan fuzz"),
     # ---- two models
     Fault("kernels/divergence.py", "tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)", "a - b", "divergence"),
-    Fault("kernels/divergence.py", "tl.where(softmax.lane_max(ratio) > FARTHEST, INF, t)", "t", "divergence"),
+    Fault("kernels/divergence.py", "tl.where(softmax.lane_max(ratio) > HALF_MAX, INF, t)", "t", "divergence"),
+    Fault("kernels/divergence.py", "softmax.lane_max(ratio) > HALF_MAX", "softmax.lane_max(ratio) > 1e30", "divergence"),
     Fault("kernels/divergence.py", "(log2_p_sum - log2_q_sum) - greater, greater", "log2_p_sum - log2_q_sum, greater", "divergence"),
-    Fault("kernels/divergence.py", "a = tl.maximum(x - m_p, softmax.LOWEST)", "a = x - m_p", "divergence"),
+    Fault("kernels/divergence.py", "return tl.maximum(x - m_p, softmax.LOWEST), tl.maximum(y", "return x - m_p, tl.maximum(y", "divergence"),
     Fault("kernels/divergence.py", "log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]", "log2_of_sum(tl.exp2(-tl.abs(D))) - 1.0", "divergence"),
     Fault("kernels/divergence.py", "q = q * r - 0.3559516370296478", "q = q * r - 0.3559616370296478", "divergence"),
     Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
