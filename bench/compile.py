@@ -152,6 +152,17 @@ def _active(driver: _Driver) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What a thread does in a turn of a loop, the code of all branches counted; "column" is one of a vocabulary or of tokens."""
+
+    issued: float  # instructions for each column that it loads (or where it loads none, stores)
+    units: dict[str, float] = field(hash=False)  # of these by the unit that executes them
+    column_bytes: float  # loaded and stored for each column
+    in_flight: int  # bytes that a multiprocessor's resident threads ask for in a turn
+    headroom: dict[str, float] = field(hash=False)  # of each GPU of the target: see bench/instructions.py
+
+
+@dataclass(frozen=True)
 class Report:
     """What one specialisation compiles to. Bytes, unless it says bits."""
 
@@ -167,13 +178,9 @@ class Report:
     occupancy: float = 0.0  # resident warps of the most that fit, as far as registers and shared memory decide
     load_bits: int = 0  # the widest load from global memory
     loop_load_bits: tuple[int, ...] = ()  # every width that loops load with
-    # NVIDIA, of the loop that loads most, or of the whole program where there is none, with the code of all branches: what a thread does in a turn.
-    loops: int = 0  # innermost loops over memory
-    issued: float = 0.0  # instructions for each column, of a vocabulary or of tokens, that it loads (or where it loads none, stores)
-    units: dict[str, float] = field(default_factory=dict, hash=False)  # of these by the unit that executes them
-    column_bytes: float = 0.0  # loaded and stored for each column
-    in_flight: int = 0  # bytes that a multiprocessor's resident threads ask for in a turn
-    headroom: dict[str, float] = field(default_factory=dict, hash=False)  # of each GPU of the target: time of its memory over time to issue
+    loops: int = 0  # NVIDIA: innermost loops over memory
+    # NVIDIA: of a kernel over logits the loops that load; else the one that loads (or stores) most, or the whole program where there is no loop.
+    passes: tuple[Pass, ...] = ()
 
 
 def compile_one(spec: Specialisation) -> Report:
@@ -214,25 +221,30 @@ def compile_one(spec: Specialisation) -> Report:
 
 
 def _issue(spec: Specialisation, cubin: bytes, threads: int) -> dict[str, Any]:
-    """The figures of a report that are counted in machine code. The tensors of ``threads`` resident threads' loop are x, and of divergences y."""
+    """The figures of a report that are counted in machine code, with so many resident threads. Loops are over x, and of divergences y."""
     kinds = [spec.signature[name].lstrip("*") for name in ("x_ptr", "y_ptr", "LOGITS") if isinstance(spec.signature.get(name), str)]
     itemsizes = [_ITEMSIZES[kind] for kind in kinds if kind in _ITEMSIZES]
     code = instructions.disassembled(cubin)
     found = instructions.loops(code)
-    loop = found[0] if found else instructions.whole(code)
-    # A kernel over tokens has no column of one tensor; four bytes stand for one.
-    columns = (loop.loaded or loop.stored) / (sum(itemsizes) or 4)
-    if not columns:
-        return {}
+    loops = found[:1] or [instructions.whole(code)]
+    if itemsizes:  # each goes over the columns once; over tokens there are as many loops as there are inputs to add up
+        loops = [loop for loop in found if loop.loaded] or loops
     chips = {name: chip for name, chip in instructions.CHIPS.items() if chip.target == spec.target}
-    return {
-        "loops": len(found),
-        "issued": round(loop.instructions / columns, 2),
-        "units": {name: round(count / columns, 2) for name, count in loop.by_unit.items()},
-        "column_bytes": round((loop.loaded + loop.stored) / columns, 2),
-        "in_flight": threads * loop.loaded,
-        "headroom": {name: round(chip.headroom(loop.instructions, loop.loaded + loop.stored), 2) for name, chip in chips.items()},
-    }
+    passes = []
+    for loop in loops:
+        # A kernel over tokens has no column of one tensor; four bytes stand for one.
+        columns = (loop.loaded or loop.stored) / (sum(itemsizes) or 4)
+        if columns:
+            passes.append(
+                Pass(
+                    round(loop.instructions / columns, 2),
+                    {name: round(count / columns, 2) for name, count in loop.by_unit.items()},
+                    round((loop.loaded + loop.stored) / columns, 2),
+                    threads * loop.loaded,
+                    {name: round(chip.headroom(loop), 2) for name, chip in chips.items()},
+                )
+            )
+    return {"loops": len(found), "passes": tuple(passes)}
 
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -368,7 +380,7 @@ def compile_all(
 
 
 def _print_table(reports: list[Report]) -> None:
-    row = "{:8}{:28}{:48}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}{:>9}{:>8}  {:22}{}"
+    row = "{:8}{:28}{:48}{:>6}{:>6}{:>9}{:>8}{:>11}{:>11}{:>9}{:>12}  {:24}{}"
     print(f"triton {triton.__version__}")
     print(
         row.format(
@@ -393,9 +405,10 @@ def _print_table(reports: list[Report]) -> None:
         else:
             widths = " ".join(map(str, r.loop_load_bits))
             figures = (r.warps, r.registers, r.spilled, r.shared, f"{r.occupancy:.0%}", r.load_bits, widths)
-            headroom = " ".join(f"{name} {x:.2f}" for name, x in r.headroom.items())
-            units = ", ".join(f"{name} {x:.1f}" for name, x in sorted(r.units.items(), key=lambda unit: -unit[1]))
-            print(row.format(r.target, r.kernel, r.launch, *figures, f"{r.issued:.1f}" if r.issued else "", headroom, units))
+            issued = " + ".join(f"{p.issued:.1f}" for p in r.passes)
+            headroom = " + ".join(" ".join(f"{name} {x:.2f}" for name, x in p.headroom.items()) for p in r.passes)
+            units = " + ".join(", ".join(f"{unit} {x:.1f}" for unit, x in sorted(p.units.items(), key=lambda u: -u[1])) for p in r.passes)
+            print(row.format(r.target, r.kernel, r.launch, *figures, issued, headroom, units))
 
 
 def main(argv: list[str] | None = None) -> int:

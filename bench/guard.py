@@ -102,7 +102,9 @@ def compiled(reports: Iterable[Mapping[str, Any]]) -> Json:
     for r in reports:
         figures = {"registers": r["registers"], "bytes spilled": r["spilled"]}
         figures |= {LOADS: min(r["loop_load_bits"])} if r["loop_load_bits"] else {}
-        figures |= {"instructions a column, tenths": round(10 * r["issued"])} if r.get("loops") else {}
+        if r.get("loops"):
+            for i, one in enumerate(r["passes"]):
+                figures[f"instructions a column, tenths{f', loop {i + 1}' if i else ''}"] = round(10 * one["issued"])
         kernel = found.setdefault(r["target"], {}).setdefault(r["launch"], {}).setdefault(r["kernel"], figures)
         for name, value in figures.items():
             kernel[name] = (min if name == LOADS else max)(kernel.get(name, value), value)

@@ -1,7 +1,8 @@
 """What a GPU issues for each element: instructions counted in the machine code of a loop, by the unit that executes them.
 
-A multiprocessor issues four instructions for 32 threads a clock. A loop that needs more of them for an element than memory needs clocks to bring it
-cannot reach the memory's bandwidth, whatever the launch configuration: its headroom, the time to bring its bytes over the time to issue, is below 1.
+A multiprocessor issues four instructions for 32 threads a clock, and its units take fewer, each of its own kind. A loop that needs more clocks for an
+element, to issue or in one of the units, than memory needs to bring it cannot reach the memory's bandwidth, whatever the launch configuration: its
+headroom, the time to bring its bytes over that time, is below 1.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import triton
+
+# Results of a unit for each multiprocessor and clock, by the CUDA C++ Programming Guide; four instructions are 128.
+RATES = {"multiply-add": 128, "integer and logic": 64, "conversion": 64, "special": 16}
+ISSUED = 128
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,13 @@ class Chip:
     clock: float
     bandwidth: float
     latency: float = 0.8e-6  # seconds from a load to its data, about, under load
+    rates: Mapping[str, int] = field(default_factory=lambda: RATES, hash=False)
 
-    def headroom(self, instructions: float, size: float) -> float:
-        """Time to move ``size`` bytes over the time to issue so many instructions of a thread."""
-        lanes = 4 * 32 * self.multiprocessors * self.clock * 1e9
-        return (size / (0.9 * self.bandwidth * 1e12)) / (instructions / lanes)
+    def headroom(self, loop: Loop) -> float:
+        """Time to move the bytes of a loop over the time to issue its instructions, or that of its busiest unit if this is longer."""
+        clocks = max(loop.instructions / ISSUED, *(loop.by_unit.get(unit, 0) / rate for unit, rate in self.rates.items()))
+        moving = (loop.loaded + loop.stored) / (0.9 * self.bandwidth * 1e12)
+        return moving / (clocks / (self.multiprocessors * self.clock * 1e9))
 
     @property
     def bytes_in_flight(self) -> float:
@@ -37,7 +45,7 @@ class Chip:
 
 
 CHIPS = {
-    "A100": Chip("sm_80", 108, 1.41, 2.04),
+    "A100": Chip("sm_80", 108, 1.41, 2.04, rates=RATES | {"multiply-add": 64}),
     "H100": Chip("sm_90", 132, 1.755, 3.35),
     "H200": Chip("sm_90", 132, 1.755, 4.8),
     "B200": Chip("sm_100", 148, 1.85, 8.0),
@@ -63,10 +71,6 @@ class Loop:
     loaded: int  # bytes from global memory
     stored: int
     widest_load: int  # bits
-
-    def per_element(self, itemsize: int, tensors: int = 1) -> float:
-        """Instructions for each column, of which ``tensors`` are loaded (or where none are, stored)."""
-        return self.instructions / ((self.loaded or self.stored) / itemsize / tensors)
 
 
 _LINE = re.compile(r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*);", re.M)

@@ -10,11 +10,13 @@ differences to the maxima, ``D = log2 p - log2 q = c ((x - m_p) - (y - m_q)) - (
 import triton
 import triton.language as tl
 
-from . import logits, softmax
+from . import logits, softcap, softmax
 
 INF = tl.constexpr(float("inf"))
+HALF_MAX = tl.constexpr(1.7014117331926443e38)  # of the largest number
 # The least factor of a sum that may be infinite already: times 0 it would turn to NaN.
 LEAST = tl.constexpr(1e-37)
+LEAST_WEIGHT = tl.constexpr(1e-20)
 
 
 @triton.jit
@@ -22,11 +24,13 @@ def cross(t, s, m, m_new, other, other_new, x, y, c):
     """Take a block into the lanes' t = sum 2^d (d - d'), d and d' being the distances of x and y from their maxima, in bits; ``s`` is from before the
     block."""
     shift = softmax.shift(m, m_new, c)
-    a = x - softmax.of_lane(softmax.anchored(m_new))
-    b = y - softmax.of_lane(softmax.anchored(other_new))
-    term = tl.where(y == softmax.NEG_INF, INF, tl.exp2(a * c) * (a - b))
-    term = tl.where(x == softmax.NEG_INF, 0.0, term)
-    return tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + softmax.lane_sum(term) * c
+    a = softmax.half(x, m_new)
+    b = softmax.half(y, other_new)
+    # Finite: 0 where both are -inf. Where only b is, that tells, also if 2^d rounds to 0: half of no number is as far away.
+    ratio = tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)
+    more = softmax.lane_sum(tl.exp2(a * (2.0 * c)) * ratio) * (2.0 * c)
+    t = tl.maximum(tl.exp2(shift), LEAST) * (t + (shift - softmax.shift(other, other_new, c)) * s) + more
+    return tl.where(softmax.lane_max(ratio) > HALF_MAX, INF, t)
 
 
 @triton.jit
@@ -54,28 +58,65 @@ def log2_sum(s):
 
 
 @triton.jit
-def log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c):
-    """D = log2 p - log2 q; 0 where both are 0."""
-    D = ((x - m_p) - (y - m_q)) * c - (log2_p_sum - log2_q_sum)
-    return tl.where(D == D, D, 0.0)  # NaN there; rows whose statistics are NaN have that from elsewhere
+def distances(x, y, m_p, m_q):
+    """Of x and y from their maxima; finite, and so is all that follows from them: a probability of 0 makes 0 of what it is multiplied with."""
+    return tl.maximum(x - m_p, softmax.LOWEST), tl.maximum(y - m_q, softmax.LOWEST)
+
+
+# ---- the mixture M = A + B, with A = (1 - beta) p and B = beta q
 
 
 @triton.jit
-def to_mixture(D, beta):
-    """For M = (1 - beta) p + beta q:  log2 M minus the larger of log2 p and log2 q,  |D| (finite),  and 2^-|D|."""
-    apart = tl.minimum(tl.abs(D), -softmax.LOWEST)
-    smaller = tl.exp2(-apart)
-    weight = tl.where(D >= 0.0, beta, 1.0 - beta)  # of the smaller
-    return tl.log2((1.0 - weight) + weight * smaller), apart, smaller
+def log2_of_sum(r):
+    """log2 (1 + r) for r in [0, 1], to 1e-8 before rounding, by the polynomial that errs least: the hardware's logarithm is too rough near 1, and the
+    library's takes twice as long, for numbers that are not among these."""
+    q = 0.005670459009706974 * r - 0.03441618010401726
+    q = q * r + 0.09822550415992737
+    q = q * r - 0.18309086561203003
+    q = q * r + 0.2679058611392975
+    q = q * r - 0.3559516370296478
+    q = q * r + 0.4802683889865875
+    q = q * r - 0.7213056087493896
+    q = q * r + 1.442694067955017
+    return q * r
+
+
+@triton.jit
+def weights(beta):
+    """(1 - beta, beta), neither 0."""
+    return tl.maximum(1.0 - beta, LEAST_WEIGHT), tl.maximum(beta, LEAST_WEIGHT)
+
+
+@triton.jit
+def mixture(beta, log2_p_sum, log2_q_sum):
+    """Of a row: how much less log2 A, and log2 B, is than the distance to the maximum, in bits; how much more that is for A; log2 A - log2 B where
+    p = q, and log2 (1 + 2^-|that|)."""
+    weight_p, weight_q = weights(beta)
+    log2_p = tl.log2(weight_p)
+    log2_q = tl.log2(weight_q)
+    greater = log2_p - log2_q
+    return log2_p_sum - log2_p, log2_q_sum - log2_q, (log2_p_sum - log2_q_sum) - greater, greater, log2_of_sum(tl.exp2(-tl.abs(greater)))
+
+
+@triton.jit
+def against_mixture(x, y, m_p, m_q, c, mixed):
+    """(A, B, log2 (p / M), log2 (q / M)): 0 where p = q."""
+    a, b = distances(x, y, m_p, m_q)
+    D = (a - b) * c - mixed[2]  # log2 A - log2 B
+    more = log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]
+    of_p = (tl.minimum(D, 0.0) - tl.minimum(mixed[3], 0.0)) - more
+    of_q = (tl.maximum(mixed[3], 0.0) - tl.maximum(D, 0.0)) - more
+    return tl.exp2(a * c - mixed[0]), tl.exp2(b * c - mixed[1]), of_p, of_q
 
 
 @triton.jit
 def take(p, q, t, x, y, c, cap, CROSS: tl.constexpr):
     """A block of both rows, taken into the states (m, s) of their lanes, and into t of ``cross`` if it is wanted."""
-    x = logits.soft_cap(x, cap)[0]
-    y = logits.soft_cap(y, cap)[0]
-    m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False)
-    m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False)
+    LANES: tl.constexpr = t.shape[0]
+    x = softcap.capped(softmax.in_lanes(x, LANES), cap)
+    y = softcap.capped(softmax.in_lanes(y, LANES), cap)
+    m_p, s_p, _ = softmax.update(p[0], p[1], p[1], x, c, False, CROSS)
+    m_q, s_q, _ = softmax.update(q[0], q[1], q[1], y, c, False, CROSS)
     if CROSS:
         t = cross(t, p[1], p[0], m_p, q[0], m_q, x, y, c)
     return m_p, s_p, m_q, s_q, t
@@ -87,58 +128,60 @@ def first_pass(
 ):
     """(m_p, s_p, m_q, s_q, t): the states of both rows, and t of ``cross`` if it is wanted."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    c = softcap.times_unit(c, cap)
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     m_p, s_p, t = softmax.start(LANES)
     m_q, s_q, _none = softmax.start(LANES)
     rest = stop // BLOCK * BLOCK
-    for begin in tl.range(0, rest, BLOCK, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of(begin, BLOCK) + columns, None, EVICTION)
+    for _ in tl.range(0, stop // BLOCK, num_stages=1):
+        x, y = load_block(x_row, y_row, columns, None, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
+        x_row += BLOCK
+        y_row += BLOCK
     if rest < stop:
-        column = tl.multiple_of(rest, BLOCK) + columns
-        x, y = load_block(x_row, y_row, column, column < V, EVICTION)
+        x, y = load_block(x_row, y_row, columns, tl.multiple_of(rest, BLOCK) + columns < V, EVICTION)
         m_p, s_p, m_q, s_q, t = take((m_p, s_p), (m_q, s_q), t, x, y, c, cap, CROSS)
     top_p = tl.max(m_p, 0)
     top_q = tl.max(m_q, 0)
     moved_p = softmax.shift(m_p, top_p, c)
     moved_q = softmax.shift(m_q, top_q, c)
     t = tl.maximum(tl.exp2(moved_p), LEAST) * (t + (moved_p - moved_q) * s_p)
-    return top_p, tl.sum(tl.exp2(moved_p) * s_p, 0), top_q, tl.sum(tl.exp2(moved_q) * s_q, 0), tl.sum(t, 0)
+    s_p = tl.sum(tl.exp2(moved_p) * s_p, 0)
+    s_q = tl.sum(tl.exp2(moved_q) * s_q, 0)
+    return softcap.uncapped(top_p, cap), s_p, softcap.uncapped(top_q, cap), s_q, tl.sum(t, 0)
 
 
 @triton.jit
-def mixture_terms(x, y, c, cap, beta, saved):
-    """p log2 (p / M) and q log2 (q / M) of a block, added up for each lane; ``saved`` = (m_p, log2 s_p, m_q, log2 s_q)."""
-    m_p, log2_p_sum, m_q, log2_q_sum = saved
-    x = logits.soft_cap(x, cap)[0]
-    y = logits.soft_cap(y, cap)[0]
-    D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-    log2_m, apart, smaller = to_mixture(D, beta)
-    # Both probabilities from one 2^: the units for it are what bounds this pass.
-    large = tl.exp2(tl.maximum((x - m_p) * c - log2_p_sum, (y - m_q) * c - log2_q_sum))
-    of_large = -large * log2_m
-    of_small = -large * smaller * (log2_m + apart)
-    return softmax.lane_sum(tl.where(D >= 0.0, of_large, of_small)), softmax.lane_sum(tl.where(D >= 0.0, of_small, of_large))
+def mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES: tl.constexpr):
+    """A log2 (p / M) and B log2 (q / M) of a block, added up for each lane."""
+    x = softcap.value_and_slope(x, cap)[0]
+    y = softcap.value_and_slope(y, cap)[0]
+    A, B, of_p, of_q = against_mixture(x, y, m_p, m_q, c, mixed)
+    return softmax.lane_sum(softmax.in_lanes(A * of_p, LANES)), softmax.lane_sum(softmax.in_lanes(B * of_q, LANES))
 
 
 @triton.jit
 def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """sum p log2 (p / M) and sum q log2 (q / M); backwards, since the cache still holds what was read last."""
+    """sum p log2 (p / M) and sum q log2 (q / M); backwards, since the cache still holds what was read last. ``saved`` = (m_p, log2 s_p, m_q,
+    log2 s_q)."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     columns = softmax.tile(UNROLL, LANES, WIDTH)
+    m_p, log2_p_sum, m_q, log2_q_sum = saved
+    mixed = mixture(beta, log2_p_sum, log2_q_sum)
     of_p = tl.zeros([LANES], tl.float32)
     of_q = tl.zeros([LANES], tl.float32)
     whole = stop // BLOCK
     if whole * BLOCK < stop:
         column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
-        x, y = load_block(x_row, y_row, column, column < V, "evict_first")
-        of_p, of_q = mixture_terms(x, y, c, cap, beta, saved)
+        x, y = load_block(x_row, y_row, column, column < V, "")
+        of_p, of_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
     for i in tl.range(0, whole, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "evict_first")
-        more_p, more_q = mixture_terms(x, y, c, cap, beta, saved)
+        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "")
+        more_p, more_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
         of_p += more_p
         of_q += more_q
-    return tl.sum(of_p, 0), tl.sum(of_q, 0)
+    weight_p, weight_q = weights(beta)
+    return tl.sum(of_p, 0) / weight_p, tl.sum(of_q, 0) / weight_q
 
 
 @triton.jit
@@ -200,7 +243,7 @@ def divergence_kernel(
     y_row = logits.row_pointer(y_ptr, row, y_inner, y_outer_stride, y_inner_stride)
     if KIND == "reverse":  # the same, from the other side
         x_row, y_row = y_row, x_row
-    EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else "evict_first"
+    EVICTION: tl.constexpr = "evict_last" if KIND == "jsd" else ""
     stop = tl.where(live, V, 0)  # a dead row has no columns
     if PART == "terms":
         m_p, log2_p_sum, m_q, log2_q_sum = load_statistics(statistics_ptr, row, live)
@@ -237,21 +280,20 @@ def divergence_kernel(
 def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.constexpr):
     """d result / d x of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
     m_p, log2_p_sum, m_q, log2_q_sum, mean = saved
-    x, y = load_block(rows[0], rows[1], column, mask, "evict_first")
-    x, slope = logits.soft_cap(x, cap)
-    y = logits.soft_cap(y, cap)[0]
-    p = tl.exp2((x - m_p) * c - log2_p_sum)
-    if KIND == "reverse":
-        dz = p - tl.exp2((y - m_q) * c - log2_q_sum)
+    x, y = load_block(rows[0], rows[1], column, mask, "")
+    x, slope = softcap.value_and_slope(x, cap)
+    y = softcap.value_and_slope(y, cap)[0]
+    if KIND == "jsd":
+        A, _b, of_p, _q = against_mixture(x, y, m_p, m_q, c, mixture(beta, log2_p_sum, log2_q_sum))
+        dz = A * (of_p * softmax.LN2 - mean)
+    elif KIND == "kl":
+        a, b = distances(x, y, m_p, m_q)
+        D = (a - b) * c - (log2_p_sum - log2_q_sum)
+        dz = tl.exp2(a * c - log2_p_sum) * (D * softmax.LN2 - mean)
     else:
-        D = log2_ratio(x, y, m_p, log2_p_sum, m_q, log2_q_sum, c)
-        if KIND == "kl":
-            dz = p * (D * softmax.LN2 - mean)
-        else:
-            log2_m, apart, _ = to_mixture(D, beta)
-            dz = (beta - 1.0) * p * ((log2_m + tl.where(D >= 0.0, 0.0, apart)) * softmax.LN2 + mean)
-    # 0 where x = -inf, but NaN there too in a row whose statistics are not finite.
-    dx = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz) * factor
+        dz = tl.exp2((x - m_p) * c - log2_p_sum) - tl.exp2((y - m_q) * c - log2_q_sum)
+        dz = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz)  # NaN there too in a row whose statistics are not finite
+    dx = dz * factor
     if cap is not None:
         dx *= slope
     tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)
@@ -300,7 +342,7 @@ def divergence_backward_kernel(
     saved = (m_p, log2_p_sum, m_q, log2_q_sum, mean)
     scale = logits.row_scale(row, scale, temperature_ptr, live)
     c = scale * softmax.LOG2E
-    factor = upstream * (scale if cap is None else 4.0 * scale)  # see logits.soft_cap
+    factor = upstream * (scale if cap is None else 4.0 * scale)  # see softcap.value_and_slope
     beta = tl.cast(beta, tl.float32)
     x_at = logits.row_offset(row, x_inner, x_outer_stride, x_inner_stride)
     y_at = logits.row_offset(row, y_inner, y_outer_stride, y_inner_stride)

@@ -7,7 +7,7 @@ A row that is masked, or whose id is -100, is dead: none of its logits is loaded
 import triton
 import triton.language as tl
 
-from . import kl, policy, softmax
+from . import kl, policy, softcap, softmax
 
 IGNORE_INDEX = tl.constexpr(-100)
 
@@ -43,21 +43,6 @@ def row_scale(row, scale, temperature_ptr, live):
 
 
 @triton.jit
-def soft_cap(x, cap):
-    """(cap * tanh(x / cap), a quarter of its derivative); -inf stays -inf. Without a cap (x, 1). By the exponential: not every target has a tanh."""
-    if cap is None:
-        z = x
-        slope = 1.0
-    else:
-        cap = tl.cast(cap, tl.float32)
-        root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * softmax.LOG2E / cap)))  # its square is a reciprocal, for which a division takes three times as long
-        q = root * root  # (1 - tanh) / 2
-        z = tl.where(x == softmax.NEG_INF, softmax.NEG_INF, cap - (2.0 * cap) * q)
-        slope = q - q * q
-    return z, slope
-
-
-@triton.jit
 def load_target(x_row, token, V, live):
     """The chosen token's logit; NaN where the id is outside the vocabulary, which is then not read."""
     inside = (token >= 0) & (token < V)
@@ -67,27 +52,31 @@ def load_target(x_row, token, V, live):
 @triton.jit
 def take(state, x, c, cap, ENTROPY: tl.constexpr):
     """A block of a row, taken into the states of its lanes."""
-    return softmax.update(state[0], state[1], state[2], soft_cap(x.to(tl.float32), cap)[0], c, ENTROPY)
+    x = softmax.in_lanes(x.to(tl.float32), state[0].shape[0])
+    return softmax.update(state[0], state[1], state[2], softcap.capped(x, cap), softcap.times_unit(c, cap), ENTROPY)
 
 
 @triton.jit
-def segment_statistics(x_row, start, stop, V, c, cap, columns, ENTROPY: tl.constexpr, EVICTION: tl.constexpr):
+def segment_statistics(x_row, start, stop, V, c, cap, columns, LANES: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr):
     """State of the online softmax over the columns [start, stop) of a row: whole blocks, which need no mask, and the rest of the row.
 
     ``columns``: a :func:`softmax.tile`.
     """
     BLOCK: tl.constexpr = columns.numel
-    m, s, t = softmax.start(columns.shape[1])
+    m, s, t = softmax.start(LANES)
     rest = start + (stop - start) // BLOCK * BLOCK
-    for begin in tl.range(start, rest, BLOCK, num_stages=1):
-        x = tl.load(x_row + tl.multiple_of(begin, BLOCK) + columns, eviction_policy=EVICTION)
+    block = x_row + start
+    for _ in tl.range(0, (stop - start) // BLOCK, num_stages=1):
+        x = tl.load(block + columns, eviction_policy=EVICTION)
         m, s, t = take((m, s, t), x, c, cap, ENTROPY)
+        block += BLOCK
     if rest < stop:
         # V itself bounds the columns: where it is a multiple of 16, the compiler sees that and loads 128 bits at a time.
         column = tl.multiple_of(rest, BLOCK) + columns
         x = tl.load(x_row + column, mask=column < V, other=softmax.NEG_INF, eviction_policy=EVICTION)
         m, s, t = take((m, s, t), x, c, cap, ENTROPY)
-    return softmax.merge(m, s, t, c, 0)
+    m, s, t = softmax.merge(m, s, t, softcap.times_unit(c, cap), 0)
+    return softcap.uncapped(m, cap), s, t
 
 
 @triton.jit
@@ -140,9 +129,9 @@ def statistics_kernel(
     start = part * SEGMENT
     # A dead row has no columns.
     stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)
-    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), ENTROPY, "evict_first")
+    m, s, t = segment_statistics(x_row, start, stop, V, scale * softmax.LOG2E, cap, softmax.tile(UNROLL, LANES, WIDTH), LANES, ENTROPY, "")
     if partial_ptr is None:
-        x_target = soft_cap(load_target(x_row, token, V, live), cap)[0]
+        x_target = softcap.value_and_slope(load_target(x_row, token, V, live), cap)[0]
         store_statistics(row, True, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
     else:
         partial = partial_ptr + (row * segments + part) * 3
@@ -181,11 +170,11 @@ def combine_kernel(
     part = tl.arange(0, SEGMENTS)
     partial = partial_ptr + (row[:, None] * segments + part[None, :]) * 3
     there = live[:, None] & (part < segments)[None, :]
-    m = tl.load(partial, mask=there, other=softmax.NEG_INF)
+    m = tl.load(partial, mask=there, other=softmax.FINITE_MIN)
     s = tl.load(partial + 1, mask=there, other=0.0)
     t = tl.load(partial + 2, mask=there, other=0.0)
     m, s, t = softmax.merge(m, s, t, (scale * softmax.LOG2E)[:, None], 1)
-    x_target = soft_cap(load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, live), cap)[0]
+    x_target = softcap.value_and_slope(load_target(row_pointer(x_ptr, row, inner, outer_stride, inner_stride), token, V, live), cap)[0]
     store_statistics(row, keep, live, (m, s, t), x_target, scale, (logprob_ptr, entropy_ptr, max_ptr, log2_sum_ptr), V, token)
 
 
@@ -225,12 +214,17 @@ def edges(head, body, low, high, LANES: tl.constexpr):
 @triton.jit
 def slope_at(x, saved, k, c, cap, ENTROPY: tl.constexpr, TARGET: tl.constexpr):
     """d loss / d logits, where they are ``x``. ``saved`` = (m, log2 s), ``k`` = (k0, k1, k2) of :func:`softmax.slopes`."""
-    z, slope = soft_cap(x, cap)
-    dx = softmax.gradient(z, saved[0], saved[1], c, k[0], k[1], ENTROPY)
+    m, log2_s = saved
+    z = x
+    if cap is not None:
+        q = softcap.rest(x, cap, 1.0)
+        z = softcap.times_unit(q, -cap)  # less cap, like m
+        m -= cap
+    dx = softmax.gradient(z, m, log2_s, c, k[0], k[1], ENTROPY)
     if TARGET:
         dx = tl.where(x > softmax.NEG_INF, dx + k[2], dx)  # a target of -inf has no gradient either
     if cap is not None:
-        dx *= slope
+        dx *= q - q * q  # 0 for -inf
     return dx
 
 
@@ -313,7 +307,7 @@ def backward_kernel(
     at = row_offset(row, inner, outer_stride, inner_stride)
     dx_at = row_offset(row, inner, dx_outer_stride, dx_inner_stride)
     x_row, dx_row = x_ptr + at, dx_ptr + dx_at
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see softcap.value_and_slope
     columns = softmax.tile(UNROLL, LANES, WIDTH)
     head, body = pieces(at, V, WIDTH)
     x_body, dx_body = body_pointer(x_ptr, at, head, WIDTH), body_pointer(dx_ptr, dx_at, head, WIDTH)
@@ -397,8 +391,8 @@ def loss_kernel(
     stop = tl.where(live, V, 0)
     c = scale * softmax.LOG2E
     columns = softmax.tile(UNROLL, LANES, WIDTH)
-    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, HAS_ENTROPY, "evict_last")
-    lp, entropy, log2_s = softmax.statistics(m, s, t, soft_cap(x_target, cap)[0], scale)
+    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, LANES, HAS_ENTROPY, "evict_last")
+    lp, entropy, log2_s = softmax.statistics(m, s, t, softcap.value_and_slope(x_target, cap)[0], scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)
     if HAS_ENTROPY:
@@ -428,7 +422,7 @@ def loss_kernel(
     )
     a = (d_lp + tl.where(stopped, 0.0, d_log_r + d_own)) * tl.load(loss_weights_ptr + row, mask=live, other=0.0).to(tl.float32)
     b = optional(entropy_weights_ptr, row, live, 0.0)
-    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see soft_cap
+    k = softmax.slopes(a, b, entropy, scale if cap is None else 4.0 * scale)  # see softcap.value_and_slope
     BONUS: tl.constexpr = entropy_weights_ptr is not None
     columns = softmax.tile((UNROLL * WIDTH + PIECE - 1) // PIECE, LANES, PIECE)
     BLOCK: tl.constexpr = columns.numel

@@ -13,25 +13,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # Stands for -inf where it meets a probability of 0: the product is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def anchored(m):
-    """The maximum to subtract: 0 for a row of -inf so far, where -inf - -inf would be NaN."""
-    return tl.where(m == NEG_INF, 0.0, m)
+# No logit is less but -inf, which this may be subtracted from: the maximum of what has no other.
+FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def shift(m, m_new, c):
-    """How far, in bits, distances from a maximum move as it rises: 0 at most, and 0 for a state that holds nothing yet."""
-    return tl.where(m == NEG_INF, 0.0, (m - anchored(m_new)) * c)
+    """How far, in bits, distances from a maximum move as it rises: 0 at most, and finite for a state that holds nothing yet."""
+    return tl.maximum(m - m_new, LOWEST) * c
 
 
 @triton.jit
 def tile(UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of the columns of a block, ``[UNROLL, LANES, WIDTH]``: WIDTH neighbours are a load of 16 bytes, and a thread has one lane."""
-    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return lane[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    """Offsets of the columns of a block, ``[UNROLL, LANES * WIDTH]``: of a row of these each thread has WIDTH neighbours, a load of 16 bytes."""
+    return tl.arange(0, UNROLL)[:, None] * (LANES * WIDTH) + tl.arange(0, LANES * WIDTH)[None, :]
+
+
+@triton.jit
+def in_lanes(x, LANES: tl.constexpr):
+    """A block as ``[UNROLL, LANES, WIDTH]``, of which a thread has one lane."""
+    return tl.reshape(x, [x.shape[0], LANES, x.shape[1] // LANES])
 
 
 @triton.jit
@@ -54,16 +55,23 @@ def of_lane(x):
 @triton.jit
 def start(LANES: tl.constexpr):
     """The states of lanes that have seen nothing."""
-    return tl.full([LANES], NEG_INF, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    return tl.full([LANES], FINITE_MIN, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
 
 
 @triton.jit
-def update(m, s, t, x, c, ENTROPY: tl.constexpr):
-    """Take a block ``x [UNROLL, LANES, WIDTH]`` into the states of its lanes: one 2^d an element, and all else once a lane."""
+def half(x, m):
+    """Half of what ``x [UNROLL, LANES, WIDTH]`` is from the maxima of its lanes; as exact as the whole."""
+    return 0.5 * x - of_lane(0.5 * m)
+
+
+@triton.jit
+def update(m, s, t, x, c, ENTROPY: tl.constexpr, HALF: tl.constexpr = False):
+    """Take a block ``x [UNROLL, LANES, WIDTH]`` into the states of its lanes: one 2^d an element, and all else once a lane. HALF: d, and so 2^d, by
+    :func:`half`, for a caller that needs this too."""
     m_new = tl.maximum(m, lane_max(x))
     moved = shift(m, m_new, c)
     scale = tl.exp2(moved)
-    d = (x - of_lane(anchored(m_new))) * c
+    d = half(x, m_new) * (2.0 * c) if HALF else (x - of_lane(m_new)) * c
     e = tl.exp2(d)
     if ENTROPY:
         t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST))

@@ -40,8 +40,8 @@ TERMS, POLICY, LOSS = "rlkern/ops/torch_backend/terms.py", "kernels/policy.py", 
 LOGITS, SCAN, VALUE = "logprobs edges fused", "scan", "value_loss"
 FAULTS = (
     # ---- the online softmax
-    Fault("kernels/softmax.py", "return tl.where(m == NEG_INF, 0.0, m)", "return m", LOGITS),
-    Fault("kernels/softmax.py", "tl.where(m == NEG_INF, 0.0, (m - anchored(m_new)) * c)", "(m - anchored(m_new)) * c", LOGITS),
+    Fault("kernels/softmax.py", "tl.full([LANES], FINITE_MIN, tl.float32)", "tl.full([LANES], NEG_INF, tl.float32)", LOGITS),
+    Fault("kernels/softmax.py", "return tl.maximum(m - m_new, LOWEST) * c", "return (m - m_new) * c", LOGITS),
     Fault("kernels/softmax.py", "t = scale * (t + moved * s) + lane_sum", "t = scale * t + lane_sum", LOGITS),
     Fault("kernels/softmax.py", "lane_sum(e * tl.maximum(d, LOWEST))", "lane_sum(e * d)", LOGITS),
     Fault("kernels/softmax.py", "scale * s + lane_sum(e), t", "s + lane_sum(e), t", LOGITS),
@@ -55,7 +55,9 @@ FAULTS = (
     Fault("kernels/logits.py", "stop = tl.where(live, tl.minimum(start + SEGMENT, V), start)", "stop = tl.minimum(start + SEGMENT, V)", "traffic edges logprobs"),
     Fault("kernels/logits.py", "there = live[:, None] & (part < segments)[None, :]", "there = live[:, None] & (part < segments - 1)[None, :]", LOGITS),
     Fault("kernels/logits.py", "tl.where(x > softmax.NEG_INF, dx + k[2], dx)", "dx + k[2]", LOGITS),
-    Fault("kernels/logits.py", "        dx *= slope\n", "        dx *= 1.0\n", LOGITS),
+    Fault("kernels/logits.py", "        dx *= q - q * q", "        dx *= 1.0", LOGITS),
+    Fault("kernels/softcap.py", "tl.clamp(x * LEAST_NORMAL + 5.0, 0.0, 1.0)", "1.0", LOGITS),
+    Fault("kernels/softcap.py", "tl.where(x == softmax.NEG_INF, softmax.NEG_INF, cap - times_unit(q, cap))", "cap - times_unit(q, cap)", "divergence"),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
     Fault("rlkern/ops/torch_backend/logits.py", "(log2_s / LOG2E - h)", "(log2_s / LOG2E)", LOGITS),
@@ -104,9 +106,13 @@ FAULTS = (
     Fault("rlkern/ops/torch_backend/scan.py", "heads[:, 1:], (0, 1)", "heads[:, :-1], (1, 0)", SCAN),
     Fault("rlkern/ops/torch_backend/scan.py", "            passes[t].bitwise_and_(passes[t + 1])\n", "            pass\n", "scan fuzz"),
     # ---- two models
-    Fault("kernels/divergence.py", "term = tl.where(y == softmax.NEG_INF, INF,", "term = tl.where(y == softmax.NEG_INF, 0.0,", "divergence"),
-    Fault("kernels/divergence.py", "term = tl.where(x == softmax.NEG_INF, 0.0, term)", "term = term", "divergence"),
-    Fault("kernels/divergence.py", "weight = tl.where(D >= 0.0, beta, 1.0 - beta)", "weight = tl.where(D >= 0.0, 1.0 - beta, beta)", "divergence"),
+    Fault("kernels/divergence.py", "tl.maximum(a, softmax.FINITE_MIN) - tl.maximum(b, softmax.FINITE_MIN)", "a - b", "divergence"),
+    Fault("kernels/divergence.py", "tl.where(softmax.lane_max(ratio) > HALF_MAX, INF, t)", "t", "divergence"),
+    Fault("kernels/divergence.py", "softmax.lane_max(ratio) > HALF_MAX", "softmax.lane_max(ratio) > 1e30", "divergence"),
+    Fault("kernels/divergence.py", "(log2_p_sum - log2_q_sum) - greater, greater", "log2_p_sum - log2_q_sum, greater", "divergence"),
+    Fault("kernels/divergence.py", "return tl.maximum(x - m_p, softmax.LOWEST), tl.maximum(y", "return x - m_p, tl.maximum(y", "divergence"),
+    Fault("kernels/divergence.py", "log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]", "log2_of_sum(tl.exp2(-tl.abs(D))) - 1.0", "divergence"),
+    Fault("kernels/divergence.py", "q = q * r - 0.3559516370296478", "q = q * r - 0.3559616370296478", "divergence"),
     Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
     # ---- around them
     Fault("rlkern/advantages.py", "concatenated(x, sizes, process_group)", "x", "distributed advantages"),

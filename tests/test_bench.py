@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import accuracy, harness, hazards, report, tables
+from bench import accuracy, harness, hazards, instructions, report, tables
 from bench.contests import OPERATIONS, update
 from bench.harness import OURS, Ceilings, Contest, Measured, Record, memory, ratio
 
@@ -307,3 +307,12 @@ def test_our_column_of_the_hazards_has_no_nan():
         assert "nan" not in mine, title
         assert "inf" not in mine, title
         assert ("nan" in eager) == (title != "bfloat16 logits, 32,000 tokens"), title
+
+
+def test_headroom_is_that_of_the_busiest_unit():
+    chip = instructions.Chip("sm_90", multiprocessors=100, clock=1.0, bandwidth=1.0)
+    seconds = 64 / 0.9e12  # to move the bytes
+    issued = instructions.Loop(128, {"multiply-add": 100, "special": 8}, 64, 0, 128)
+    assert chip.headroom(issued) == pytest.approx(seconds / (1 / 100e9))
+    special = instructions.Loop(128, {"multiply-add": 100, "special": 32}, 48, 16, 128)
+    assert chip.headroom(special) == pytest.approx(seconds / (2 / 100e9))

@@ -480,4 +480,21 @@ def test_the_state_of_a_part_of_minus_infinity_is_empty(backend, device):
     """As a rank's part of the vocabulary may be: what it merges with is all there is."""
     rows = ops.Rows(torch.zeros(1, dtype=torch.int64, device=device), None, None, 1.0, None, backend, None)
     state = backend_of(backend).states(torch.full((1, 40), -torch.inf, device=device), rows, True)
-    assert state[0, :3].tolist() == [-torch.inf, 0.0, 0.0]
+    assert state[0, 0] <= torch.finfo(torch.float32).min
+    assert state[0, 1:3].tolist() == [0.0, 0.0]
+
+
+def test_logits_masked_by_the_least_number(backend, device):
+    """Whole blocks of them, before any other: no distance from them is a number, and their probability is 0."""
+    logits = torch.randn(3, 5000, device=device) * 4
+    logits[0, :4500] = logits[1, 4500:] = torch.finfo(torch.float32).min
+    logits.requires_grad_()
+    ids = torch.tensor([4600, 7, 7], device=device)
+    found = rk.token_logprobs(logits, ids, with_entropy=True, backend=backend)
+    exact_logits = logits.detach().double().requires_grad_()
+    exact = reference.token_logprobs(exact_logits, ids, with_entropy=True)
+    for x, y in zip(found, exact, strict=True):
+        assert_accurate(x.detach(), y.detach(), eps=1e-5)
+    (grad,) = torch.autograd.grad(found[0].sum() + found[1].sum(), logits)
+    (exact_grad,) = torch.autograd.grad(exact[0].sum() + exact[1].sum(), exact_logits)
+    assert_accurate(grad, exact_grad, eps=1e-5)

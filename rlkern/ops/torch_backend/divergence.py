@@ -115,7 +115,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             dz = d.exp2_().sub_(d_ref.exp2_().mul_(included))
             factor = factor + 0.0 * log2_q
         elif o.beta == 1:
-            ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-_HIGHEST)
+            ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=_HIGHEST, neginf=-_HIGHEST)
             dz = d.exp2_().mul_(ratio.sub_(mean * LOG2E))
             factor = factor / LOG2E
         else:
