@@ -17,13 +17,17 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("compile")  # one process, since the reports are made once
 
 
-def reports(*arguments: str) -> list[dict]:
-    """``python -m bench.compile --json``, in a process that does not interpret kernels."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+def python(*arguments: str, **variables: str) -> str:
+    """What a process that does not interpret kernels prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def reports(*arguments: str) -> list[dict]:
+    """``python -m bench.compile --json``"""
+    return json.loads(python("-m", "bench.compile", "--json", *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,15 @@ def test_vocabulary_is_loaded_128_bits_at_a_time(ours):
     assert walkers
     assert in_loops
     assert [f"{label(r)}: {r['loop_load_bits']}" for r in in_loops if r["loop_load_bits"] != [128]] == []
+
+
+def test_launches_ask_for_products_and_sums_as_one_instruction():
+    """Which Triton may not make by itself."""
+    program = """
+from bench import compile, launches
+print(sorted({s.kernel for s in compile.record(launches.LAUNCHES, "sm_90") if not s.options["enable_fp_fusion"]}))
+"""
+    assert python("-c", program, TRITON_DEFAULT_FP_FUSION="0").strip() == "[]"
 
 
 def test_no_worse_than_the_baseline(ours):

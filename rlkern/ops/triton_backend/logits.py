@@ -15,6 +15,7 @@ from ..fused import PolicyRows, Weights
 from ..logits import Rows, Saved, Slopes, Statistics, as_rows
 from ..policy import Options
 from ..shards import LOG2E, merged
+from .launch import compiled
 from .policy import term_functions
 
 WARP = 64 if torch.version.hip else 32
@@ -39,7 +40,7 @@ class Tile:
     @property
     def arguments(self) -> dict[str, int]:
         """As kernels take them."""
-        return {"UNROLL": self.unroll, "LANES": self.lanes, "WIDTH": self.width, "num_warps": self.lanes // WARP}
+        return {"UNROLL": self.unroll, "LANES": self.lanes, "WIDTH": self.width} | compiled(self.lanes // WARP)
 
 
 def cut(vocabulary: int, itemsize: int, threads: int, loads: int, aligned: bool) -> tuple[int, int, int]:
@@ -114,7 +115,7 @@ def statistics(logits: Tensor, rows: Rows, out: Statistics) -> None:
     if arguments[-1] is not None:
         n, segments, block = rows.ids.numel(), layout[4], 32
         with device_of(x):
-            kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), num_warps=1)
+            kernels.combine_kernel[(-(-n // block),)](*arguments, n, *layout, ROWS=block, SEGMENTS=1 << (segments - 1).bit_length(), **compiled(1))
 
 
 def states(logits: Tensor, rows: Rows, with_entropy: bool) -> Tensor:
@@ -217,7 +218,7 @@ def restrict(out: Tensor, logits: Tensor, offsets: Tensor, token_ids: Tensor, ro
     x = as_rows(logits)
     with device_of(x):
         kernels.restrict_kernel[(out.shape[0],)](
-            x, out, offsets, token_ids, rows, out.shape[1], x.shape[1], x.stride(0), x.stride(1), BLOCK=1024, num_warps=4
+            x, out, offsets, token_ids, rows, out.shape[1], x.shape[1], x.stride(0), x.stride(1), BLOCK=1024, **compiled(4)
         )
 
 
@@ -232,4 +233,4 @@ def scale(x: Tensor, factor: Tensor) -> None:
     tiles = rows.shape[0] * rows.shape[1] * -(-rows.shape[-1] // block)
     grid = (min(tiles, SCALE_PROGRAMS * multiprocessors(x)),)
     with device_of(x):
-        kernels.scale_kernel[grid](rows, factor, rows.shape[-1], tiles, rows.shape[1], rows.stride(0), rows.stride(1), BLOCK=block, num_warps=8)
+        kernels.scale_kernel[grid](rows, factor, rows.shape[-1], tiles, rows.shape[1], rows.stride(0), rows.stride(1), BLOCK=block, **compiled(8))

@@ -14,6 +14,7 @@ from ...surrogates import own_surrogate
 from ..fused import PolicyRows
 from ..policy import Options, PolicyResults, Tokens, Wanted, needs_statistics, policy_loss_op
 from ..sequences import one_a_sequence
+from .launch import compiled
 from .layout import WARPS, Layout
 
 
@@ -59,7 +60,7 @@ def policy_loss(x: Tokens, config: PolicyLossConfig, wanted: Wanted, out: Policy
             REDUCTION=parts.reduction,
             ONE_WEIGHT=x.importance_weights is not None and one_a_sequence(x.importance_weights, x.logprobs, x.cu_seqlens),
             BLOCK=layout.block,
-            num_warps=WARPS,
+            **compiled(WARPS),
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._backend import device_of, multiprocessors
 from ...kernels import scan as kernels
 from ..scan import Numbers, ScanOptions, Sequences, Steps, as_steps, result_dtype
+from .launch import compiled
 
 NORMALISED = 1024  # elements a program
 
@@ -70,7 +71,7 @@ def lambda_returns(steps: Steps, sequences: Sequences, numbers: Numbers, options
                 LANES=config.lanes,
                 CHUNKS=1 << (chunks - 1).bit_length(),
                 SUMMARISE=summarise,
-                num_warps=config.warps,
+                **compiled(config.warps),
             )
     if partial is not None:
         moments.copy_(partial.sum(0))
@@ -91,5 +92,5 @@ def normalise(advantages: Tensor, mask: Tensor | None, moments: Tensor, eps: flo
             out.numel(),
             eps,
             BLOCK=NORMALISED,
-            num_warps=4,
+            **compiled(4),
         )

@@ -8,6 +8,7 @@ from ..._backend import device_of
 from ...config import SEQUENCE_AGGREGATIONS
 from ...kernels import value
 from ..value import ValueOptions, ValueResults, Values
+from .launch import compiled
 from .layout import Layout
 
 WARPS = 4  # four tokens of a block a thread; compilers give smaller programs the registers that the float64 sums take
@@ -33,5 +34,5 @@ def value_loss(x: Values, options: ValueOptions, out: ValueResults) -> None:
             options.max_length,
             AGGREGATION=options.aggregation,
             BLOCK=layout.block,
-            num_warps=WARPS,
+            **compiled(WARPS),
         )
