@@ -96,17 +96,17 @@ def _possible(x: Tensor | None, ids: Tensor) -> Tensor | None:
     return (chosen != -torch.inf) | (inside != ids)
 
 
-def _counted(ids: Tensor, mask: Tensor | None, supported: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Which tokens count: those that are not ``supported``, where that is known, do not; and how many these are."""
+def _counted(ids: Tensor, mask: Tensor | None, in_support: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Which tokens count: those that are not ``in_support``, where that is known, do not; and how many these are."""
     live = live_rows(ids, mask)
-    if supported is None:
+    if in_support is None:
         return live, None
-    return live & supported, (live & ~supported).sum()
+    return live & in_support, (live & ~in_support).sum()
 
 
 def _objective(
     given: Tokens,
-    supported: Tensor | None,
+    in_support: Tensor | None,
     ids: Tensor,
     config: PolicyLossConfig,
     with_entropy: bool,
@@ -121,7 +121,7 @@ def _objective(
     """
     check_config(config)
     check_backend(config.surrogate, backend)
-    live, outside_support = _counted(ids, given.mask, supported)
+    live, outside_support = _counted(ids, given.mask, in_support)
     tokens = check_tokens(given._replace(mask=live, entropy=given.logprobs if with_entropy else None), config, validate)
     evaluated = None
     if skip and config.kl_coef == 0 and config.entropy_coef == 0 and own_surrogate(config.surrogate) is None:
@@ -197,8 +197,8 @@ def fused_policy_loss(
     )
     # Gradients that are made with the loss need to know beforehand which tokens it counts; otherwise their log-probs tell.
     in_forward = x.rows.shard is None and torch.is_grad_enabled() and x.logits.requires_grad and config.is_token_level
-    supported = _kept(ids, keep) if keep is not None or not in_forward else _possible(x.logits, ids)
-    objective = _objective(given, supported, ids, config, with_entropy, with_metrics, False, x.validate, x.rows.backend)
+    in_support = _kept(ids, keep) if keep is not None or not in_forward else _possible(x.logits, ids)
+    objective = _objective(given, in_support, ids, config, with_entropy, with_metrics, False, x.validate, x.rows.backend)
     here, rows = x.logits, x.rows._replace(mask=objective.tokens.mask)
     if keep is not None:  # the gradient may go over the copy, which is ours
         here, inplace = Restrict.apply(here, *x.kept, rows.backend), True
@@ -309,8 +309,8 @@ def fused_linear_policy_loss(
     )
     needs = x.head.needs_grad()
     in_forward = any(needs) and config.is_token_level and mode in (None, "in-forward")
-    supported = _possible(bias, ids) if keep is None and in_forward and x.rows.shard is None else _kept(ids, keep)
-    objective = _objective(given, supported, ids, config, with_entropy, with_metrics, compact is True, x.validate, x.rows.backend)
+    in_support = _possible(bias, ids) if keep is None and in_forward and x.rows.shard is None else _kept(ids, keep)
+    objective = _objective(given, in_support, ids, config, with_entropy, with_metrics, compact is True, x.validate, x.rows.backend)
     if x.work.rows is not None:
         computed = objective.live() & torch.zeros_like(objective.live()).index_fill_(0, x.work.rows, True)
         objective = objective._replace(evaluated=computed.view(ids.shape))

@@ -105,7 +105,7 @@ def test_an_update_is_that_of_plain_pytorch(files, tmp_path, monkeypatch, reward
     experience = PPO.experience
     monkeypatch.setattr(PPO, "experience", lambda self, *inputs: taken.append((*inputs, experience(self, *inputs)[0])) or experience(self, *inputs))
     numbers = run.step(0)
-    (batch, rewards, got), rows = taken[0], len(taken[0][1])
+    (batch, rewards, _, got), rows = taken[0], len(taken[0][1])
     mask, new = batch.mask.bool(), batch.mask.shape[1]
     lengths = mask.sum(1).tolist()
     end = run.sample.ends[0]

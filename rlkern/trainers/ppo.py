@@ -166,15 +166,16 @@ class PPO(PolicyRun):
         """The critic's value of the state before each token of the completions, and of that after the last: [N, T + 1]."""
         return self.critic(**self.inputs(batch))[:, -batch.mask.shape[1] - 1 :]
 
-    def experience(self, batch: Completions, rewards: Tensor) -> tuple[Experience, Tensor]:
-        """Log-probs, values, rewards per token and advantages of what was sampled; and the KL divergence from the initial model, [N, T]."""
+    def experience(self, batch: Completions, rewards: Tensor, ended: Tensor) -> tuple[Experience, Tensor]:
+        """Log-probs, values, rewards per token and advantages of what was sampled, of which some ``ended`` [N]; and the KL divergence from the
+        initial model, [N, T]."""
         args, mask = self.args, batch.mask
         old = self.frozen_logprobs(self.policy, batch)
         ref = self.frozen_logprobs(self.reference, batch) if self.reference is not None else old
         values = self.frozen(self.values, batch) if self.critic is not None else old.new_zeros(len(old), old.shape[1] + 1)
 
         # The score belongs to the last token. A completion that was cut off has not earned it yet: what the critic expects stands in for it.
-        ended, bootstrap = self.sample.ended(batch), self.critic is not None and args.truncated != "score"
+        bootstrap = self.critic is not None and args.truncated != "score"
         scores = rewards.where(ended, 0.0) if bootstrap else rewards
         shaped = rk.shaped_rewards(scores, old, ref, mask=mask, kl_coef=self.kl.coef, kl_estimator=args.kl_estimator)
         last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & (mask != 0)
@@ -230,7 +231,7 @@ class PPO(PolicyRun):
         if args.mask_truncated:
             batch = batch._replace(mask=batch.mask * ended[:, None])
         tokens_of = batch.mask.sum(1)
-        experience, kl = self.experience(batch, rewards)
+        experience, kl = self.experience(batch, rewards, ended)
         weights, mismatch = self.mismatch(batch, experience.old)
         experience = experience._replace(weights=weights)
 
