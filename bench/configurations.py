@@ -62,7 +62,7 @@ _STATISTICS = [
     *({"segment": segment} for segment in (16384, 65536, 262144)),
 ]
 _GRADIENT = [{"lanes": lanes, "unroll": unroll, "blocks": blocks} for lanes, unroll, blocks in _BLOCKS]
-_LOSS = _lanes((128, 2), (256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (512, 4), (1024, 1), (1024, 2))
+_LOSS = [*_lanes((128, 2), (256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (512, 4), (1024, 1), (1024, 2)), {"hold": 0}]
 _PAIR = [{"lanes": lanes, "unroll": unroll, "blocks": blocks} for lanes, unroll, blocks in _BLOCKS]
 _TOKENS = [{"BLOCK": block, "WARPS": warps} for block, warps in ((256, 4), (256, 8), (512, 2), (512, 16), (1024, 4), (1024, 8), (2048, 8))]
 _SCAN = [

@@ -374,6 +374,7 @@ def loss_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     """One program a row: statistics, the token's objective, and d loss / d logits, over the logits themselves where ``dx_ptr`` is ``x_ptr``.
 
@@ -391,7 +392,7 @@ def loss_kernel(
     stop = tl.where(live, V, 0)
     c = scale * softmax.LOG2E
     columns = softmax.tile(UNROLL, LANES, WIDTH)
-    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, LANES, HAS_ENTROPY, "evict_last")
+    m, s, t = segment_statistics(x_row, 0, stop, V, c, cap, columns, LANES, HAS_ENTROPY, "evict_last" if HOLD else "")
     lp, entropy, log2_s = softmax.statistics(m, s, t, softcap.value_and_slope(x_target, cap)[0], scale)
     lp = tl.where(live, lp, 0.0)
     tl.store(logprob_ptr + row, lp)

@@ -92,13 +92,15 @@ class GradientConfig(Tile):
 
 @dataclass(frozen=True)
 class LossTiling(Tile):
-    """For one program that passes over a row twice, the second time by ``piece`` neighbours instead of ``width``."""
+    """For one program that passes over a row twice, the second time by ``piece`` neighbours instead of ``width``; ``hold``: it asks the cache to keep
+    the row meanwhile."""
 
     piece: int
+    hold: bool = True
 
     @property
     def arguments(self) -> dict[str, int]:
-        return super().arguments | {"PIECE": self.piece}
+        return super().arguments | {"PIECE": self.piece, "HOLD": self.hold}
 
     @classmethod
     def of(cls, vocabulary: int, itemsize: int, aligned: bool) -> LossTiling:
