@@ -46,9 +46,9 @@ def is_live(row, mask_ptr):
 def load_block(x_row, y_row, column, mask, EVICTION: tl.constexpr):
     """Columns of both rows. ``mask``: None where all of them are there; -inf elsewhere."""
     other = None if mask is None else softmax.NEG_INF
-    x = tl.load(x_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
-    y = tl.load(y_row + column, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
-    return x, y
+    x = tl.load(x_row + column, mask=mask, other=other, eviction_policy=EVICTION)
+    y = tl.load(y_row + column, mask=mask, other=other, eviction_policy=EVICTION)
+    return softmax.widened(x), softmax.widened(y)
 
 
 @triton.jit
@@ -285,15 +285,15 @@ def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.con
     y = softcap.value_and_slope(y, cap)[0]
     if KIND == "jsd":
         A, _b, of_p, _q = against_mixture(x, y, m_p, m_q, c, mixture(beta, log2_p_sum, log2_q_sum))
-        dz = A * (of_p * softmax.LN2 - mean)
+        dx = A * (of_p * (softmax.LN2 * factor) - mean * factor)
     elif KIND == "kl":
         a, b = distances(x, y, m_p, m_q)
         D = (a - b) * c - (log2_p_sum - log2_q_sum)
-        dz = tl.exp2(a * c - log2_p_sum) * (D * softmax.LN2 - mean)
+        dx = tl.exp2(a * c - log2_p_sum) * (D * (softmax.LN2 * factor) - mean * factor)
     else:
         dz = tl.exp2((x - m_p) * c - log2_p_sum) - tl.exp2((y - m_q) * c - log2_q_sum)
         dz = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz)  # NaN there too in a row whose statistics are not finite
-    dx = dz * factor
+        dx = dz * factor
     if cap is not None:
         dx *= slope
     tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)

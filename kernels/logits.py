@@ -52,7 +52,7 @@ def load_target(x_row, token, V, live):
 @triton.jit
 def take(state, x, c, cap, ENTROPY: tl.constexpr):
     """A block of a row, taken into the states of its lanes."""
-    x = softmax.in_lanes(x.to(tl.float32), state[0].shape[0])
+    x = softmax.in_lanes(softmax.widened(x), state[0].shape[0])
     return softmax.update(state[0], state[1], state[2], softcap.capped(x, cap), softcap.times_unit(c, cap), ENTROPY)
 
 
@@ -234,7 +234,7 @@ def store_gradient(x_row, dx_row, column, mask, saved, k, c, cap, ENTROPY: tl.co
 
     ``mask``: None where all of them are there.
     """
-    x = tl.load(x_row + column, mask=mask, other=None if mask is None else 0.0).to(tl.float32)
+    x = softmax.widened(tl.load(x_row + column, mask=mask, other=None if mask is None else 0.0))
     tl.store(dx_row + column, slope_at(x, saved, k, c, cap, ENTROPY, False).to(dx_row.dtype.element_ty), mask=mask)
 
 
@@ -437,9 +437,12 @@ def loss_kernel(
         if whole * BLOCK < body:
             column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
             store_gradient(x_body, dx_body, column, column < body, (m, log2_s), k, c, cap, BONUS)
-        for i in tl.range(0, whole, num_stages=1):
-            column = tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns
-            store_gradient(x_body, dx_body, column, None, (m, log2_s), k, c, cap, BONUS)
+        x_body += whole * BLOCK
+        dx_body += whole * BLOCK
+        for _turn in tl.range(0, whole, num_stages=1):
+            x_body -= BLOCK
+            dx_body -= BLOCK
+            store_gradient(x_body, dx_body, columns, None, (m, log2_s), k, c, cap, BONUS)
         store_target(dx_row, token, (token >= 0) & (token < V), x_target, (m, log2_s), k, c, cap, BONUS)
     else:
         store_zeros(dx_row, edge, inside, dx_body, 0, body, columns)

@@ -36,6 +36,17 @@ def in_lanes(x, LANES: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """To float32, exactly."""
+    if x.dtype == tl.bfloat16:
+        # Of two in a register the upper one is there but for the lower's bits: one instruction where a conversion takes two.
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def lane_max(x):
     """Over what each lane has of a block; like the next, within a thread."""
     return tl.max(tl.max(x, 2), 0)
