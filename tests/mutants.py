@@ -59,7 +59,7 @@ FAULTS = (
     Fault("kernels/softcap.py", "tl.clamp(x * LEAST_NORMAL + 5.0, 0.0, 1.0)", "1.0", LOGITS),
     Fault("kernels/softcap.py", "tl.where(x == softmax.NEG_INF, softmax.NEG_INF, cap - times_unit(q, cap))", "cap - times_unit(q, cap)", "divergence"),
     Fault("rlkern/ops/torch_backend/logits.py", "s[rows] = d.exp2_().sum(-1)[:live]", "s[rows] = d.exp_().sum(-1)[:live]", LOGITS),
-    Fault("rlkern/ops/torch_backend/logits.py", "top.masked_fill(top == -torch.inf, 0.0)", "top", "logprobs"),
+    Fault("rlkern/ops/torch_backend/logits.py", "top.clamp(min=torch.finfo(top.dtype).min)", "top", "logprobs"),
     Fault("rlkern/ops/torch_backend/logits.py", "(log2_s / LOG2E - h)", "(log2_s / LOG2E)", LOGITS),
     Fault("rlkern/ops/torch_backend/logits.py", "z.div(cap).masked_fill_(z == -torch.inf, 1.0)", "z.div(cap)", "logprobs edges fuzz"),
     Fault("rlkern/ops/torch_backend/logits.py", "a = a.masked_fill(~inside, torch.nan)", "a = a.masked_fill(~inside, 0.0)", "logprobs edges promises"),

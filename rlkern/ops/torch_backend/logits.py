@@ -16,8 +16,8 @@ from ..logits import Rows, Saved, Slopes, Statistics, as_rows, locate, soft_capp
 from ..shards import LOG2E
 from .policy import token_slopes
 
-# Elements of a chunk of rows: 4 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
-CHUNK = 1 << 20
+# Elements of a chunk of rows: 2 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
+CHUNK = 1 << 19
 _LOWEST = -1e30  # stands for -inf where it meets a probability of 0
 
 
@@ -89,7 +89,7 @@ def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
         x = soft_capped(raw, cap, buffer)
         top = x.amax(-1, keepdim=True)
         c = row_scale(scale, per_row.temperature, rows, dtype)
-        d = torch.sub(x, top.masked_fill(top == -torch.inf, 0.0), out=buffer).mul_(c * LOG2E)
+        d = torch.sub(x, top.clamp(min=torch.finfo(top.dtype).min), out=buffer).mul_(c * LOG2E)  # -inf in a row that has nothing else
         m[rows] = top[:live, 0]
         if with_entropy:
             e = torch.exp2(d)
