@@ -43,7 +43,7 @@ def is_live(row, mask_ptr):
 
 
 @triton.jit
-def load_block(x_row, y_row, column, mask, EVICTION: tl.constexpr):
+def load_block(x_row, y_row, column, mask, EVICTION: tl.constexpr = ""):
     """Columns of both rows. ``mask``: None where all of them are there; -inf elsewhere."""
     other = None if mask is None else softmax.NEG_INF
     x = tl.load(x_row + column, mask=mask, other=other, eviction_policy=EVICTION)
@@ -173,10 +173,10 @@ def mixture_pass(x_row, y_row, V, stop, c, cap, beta, saved, UNROLL: tl.constexp
     whole = stop // BLOCK
     if whole * BLOCK < stop:
         column = tl.multiple_of(whole * BLOCK, BLOCK) + columns
-        x, y = load_block(x_row, y_row, column, column < V, "")
+        x, y = load_block(x_row, y_row, column, column < V)
         of_p, of_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
     for i in tl.range(0, whole, num_stages=1):
-        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None, "")
+        x, y = load_block(x_row, y_row, tl.multiple_of((whole - 1 - i) * BLOCK, BLOCK) + columns, None)
         more_p, more_q = mixture_terms(x, y, m_p, m_q, c, cap, mixed, LANES)
         of_p += more_p
         of_q += more_q
@@ -280,7 +280,7 @@ def divergence_kernel(
 def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.constexpr):
     """d result / d x of columns of ``rows`` = (x, y, dx). ``saved``: the row's statistics, ``factor``: upstream, scaled."""
     m_p, log2_p_sum, m_q, log2_q_sum, mean = saved
-    x, y = load_block(rows[0], rows[1], column, mask, "")
+    x, y = load_block(rows[0], rows[1], column, mask)
     x, slope = softcap.value_and_slope(x, cap)
     y = softcap.value_and_slope(y, cap)[0]
     if KIND == "jsd":
