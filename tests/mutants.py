@@ -41,6 +41,7 @@ LOGITS, SCAN, VALUE = "logprobs edges fused", "scan", "value_loss"
 FAULTS = (
     # ---- the online softmax
     Fault("kernels/softmax.py", "tl.full([LANES], FINITE_MIN, tl.float32)", "tl.full([LANES], NEG_INF, tl.float32)", LOGITS),
+    Fault("kernels/softmax.py", "(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)", "(x.to(tl.int32) << 16)", LOGITS),
     Fault("kernels/softmax.py", "return tl.maximum(m - m_new, LOWEST) * c", "return (m - m_new) * c", LOGITS),
     Fault("kernels/softmax.py", "t = scale * (t + moved * s) + lane_sum", "t = scale * t + lane_sum", LOGITS),
     Fault("kernels/softmax.py", "lane_sum(e * tl.maximum(d, LOWEST))", "lane_sum(e * d)", LOGITS),
@@ -112,6 +113,8 @@ FAULTS = (
     Fault("kernels/divergence.py", "(log2_p_sum - log2_q_sum) - greater, greater", "log2_p_sum - log2_q_sum, greater", "divergence"),
     Fault("kernels/divergence.py", "return tl.maximum(x - m_p, softmax.LOWEST), tl.maximum(y", "return x - m_p, tl.maximum(y", "divergence"),
     Fault("kernels/divergence.py", "log2_of_sum(tl.exp2(-tl.abs(D))) - mixed[4]", "log2_of_sum(tl.exp2(-tl.abs(D))) - 1.0", "divergence"),
+    Fault("kernels/divergence.py", "(D * (softmax.LN2 * factor) - mean * factor)", "(D * (softmax.LN2 * factor) - mean)", "divergence"),
+    Fault("kernels/divergence.py", "(of_p * (softmax.LN2 * factor) - mean * factor)", "(of_p * (softmax.LN2 * factor) - mean)", "divergence"),
     Fault("kernels/divergence.py", "q = q * r - 0.3559516370296478", "q = q * r - 0.3559616370296478", "divergence"),
     Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
     # ---- around them
