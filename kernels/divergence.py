@@ -285,15 +285,15 @@ def store_gradient(rows, column, mask, saved, c, cap, beta, factor, KIND: tl.con
     y = softcap.value_and_slope(y, cap)[0]
     if KIND == "jsd":
         A, _b, of_p, _q = against_mixture(x, y, m_p, m_q, c, mixture(beta, log2_p_sum, log2_q_sum))
-        dx = A * (of_p * (softmax.LN2 * factor) - mean * factor)
+        dz = A * (of_p * softmax.LN2 - mean)
     elif KIND == "kl":
         a, b = distances(x, y, m_p, m_q)
         D = (a - b) * c - (log2_p_sum - log2_q_sum)
-        dx = tl.exp2(a * c - log2_p_sum) * (D * (softmax.LN2 * factor) - mean * factor)
+        dz = tl.exp2(a * c - log2_p_sum) * (D * softmax.LN2 - mean)
     else:
         dz = tl.exp2((x - m_p) * c - log2_p_sum) - tl.exp2((y - m_q) * c - log2_q_sum)
         dz = tl.where(x == softmax.NEG_INF, 0.0 * (log2_p_sum + log2_q_sum), dz)  # NaN there too in a row whose statistics are not finite
-        dx = dz * factor
+    dx = dz * factor  # not before: what a probability of 0 is multiplied with would overflow
     if cap is not None:
         dx *= slope
     tl.store(rows[2] + column, dx.to(rows[2].dtype.element_ty), mask=mask)

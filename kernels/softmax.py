@@ -13,6 +13,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # Stands for -inf where it meets a probability of 0: the product is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
+# The same in bits: 2 to it is 0, and its products with large gradients are finite.
+LOWEST_LOG2 = tl.constexpr(-1e4)
 # No logit is less but -inf, which this may be subtracted from: the maximum of what has no other.
 FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 
@@ -85,7 +87,7 @@ def update(m, s, t, x, c, ENTROPY: tl.constexpr, HALF: tl.constexpr = False):
     d = half(x, m_new) * (2.0 * c) if HALF else (x - of_lane(m_new)) * c
     e = tl.exp2(d)
     if ENTROPY:
-        t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST))
+        t = scale * (t + moved * s) + lane_sum(e * tl.maximum(d, LOWEST_LOG2))
     return m_new, scale * s + lane_sum(e), t
 
 
@@ -122,7 +124,7 @@ def gradient(x, m, log2_s, c, k0, k1, ENTROPY: tl.constexpr):
     log2_p = (x - m) * c - log2_s
     p = tl.exp2(log2_p)
     if ENTROPY:
-        dz = p * (k0 + k1 * tl.maximum(log2_p, LOWEST))
+        dz = p * (k0 + k1 * tl.maximum(log2_p, LOWEST_LOG2))
     else:
         dz = p * k0
     return dz

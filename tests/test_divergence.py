@@ -199,6 +199,19 @@ def test_infinite_logits(backend, device, softcap):
         assert torch.isnan(grad[broken]).all()
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_large_gradients_pass_infinite_logits(backend, device, beta):
+    """A loss may be scaled by 2^40: where a probability is 0 so is the gradient, and all others scale with it."""
+    x, y = two_models(4, 700, device=device)
+    x[0, :530], y[0, :530] = -torch.inf, -torch.inf
+    x[1, 3:9] = -torch.inf if beta > 0 else -1e4  # p = 0 < q
+    y[2, 3:9] = -torch.inf if beta < 1 else -1e4
+    ones = torch.ones(4, dtype=torch.float64, device=device)
+    _, grad = gradient(lambda z: rk.generalized_jsd(z, y, beta=beta, backend=backend), x, ones)
+    _, large = gradient(lambda z: rk.generalized_jsd(z, y, beta=beta, backend=backend), x, ones * 2**40)
+    assert torch.isfinite(grad).all() and torch.equal(large, grad * 2**40)
+
+
 def test_masks_by_the_least_number_are_no_infinities(backend, device):
     """Where the reference is masked by it and p rounds to 0, nothing is infinite; nor where both are masked so."""
     x, y = two_models(3, 700, device=device)

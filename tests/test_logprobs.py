@@ -157,6 +157,18 @@ def test_infinite_logits(backend, device, softcap):
     assert torch.isnan(grad[2:4]).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_large_gradients_pass_infinite_logits(backend, device, softcap):
+    """A loss may be scaled by 2^40: where a probability is 0 so is the gradient, and all others scale with it."""
+    logits, ids = torch.randn(4, 300, device=device), torch.tensor([200, 7, 7, 7], device=device)
+    logits[:, 8:130] = -torch.inf
+    logits[1, 130:200] = -1e4
+    ones, options = torch.ones(4, dtype=torch.float64, device=device), {"softcap": softcap, "with_entropy": True}
+    _, _, grad = gradients(lambda x: rk.token_logprobs(x, ids, backend=backend, **options), logits, ones, ones)
+    _, _, large = gradients(lambda x: rk.token_logprobs(x, ids, backend=backend, **options), logits, ones * 2**40, ones * 2**40)
+    assert torch.isfinite(grad).all() and torch.equal(large, grad * 2**40)
+
+
 def test_id_outside_the_vocabulary(backend, device):
     logits, ids = torch.randn(2, 3, 10, device=device), torch.zeros(2, 3, dtype=torch.long, device=device)
     ids[1, 2] = 10

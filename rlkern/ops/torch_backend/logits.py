@@ -18,7 +18,7 @@ from .policy import token_slopes
 
 # Elements of a chunk of rows: 2 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
 CHUNK = 1 << 19
-_LOWEST = -1e30  # stands for -inf where it meets a probability of 0
+_LOWEST_LOG2 = -1e4  # stands for -inf in bits: 2 to it is 0, and its products with large gradients are finite
 
 
 def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
@@ -94,7 +94,7 @@ def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
         if with_entropy:
             e = torch.exp2(d)
             s[rows] = e.sum(-1)[:live]
-            t[rows] = e.mul_(d.clamp_(min=_LOWEST)).sum(-1)[:live]
+            t[rows] = e.mul_(d.clamp_(min=_LOWEST_LOG2)).sum(-1)[:live]
         else:
             s[rows] = d.exp2_().sum(-1)[:live]
     return per_row.with_target(state, logits)
@@ -149,7 +149,7 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
             dz = d.exp2_().mul_(constant[rows])
         else:
             e = torch.exp2(d)
-            dz = d.clamp_(min=_LOWEST).mul_(factor[rows]).add_(constant[rows]).mul_(e)
+            dz = d.clamp_(min=_LOWEST_LOG2).mul_(factor[rows]).add_(constant[rows]).mul_(e)
         dz.scatter_add_(1, target[rows], hit[rows])
         if slope is not None:
             dz.mul_(slope)
