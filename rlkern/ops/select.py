@@ -32,6 +32,6 @@ def times(x: Tensor, y: Tensor) -> Tensor:
     return select(bits(x != 0, x.dtype), product)
 
 
-def as_number(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float) -> Tensor:
+def as_number(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float, out: Tensor | None = None) -> Tensor:
     """``torch.lt(x, y)`` or its like as 1 and 0 of the dtype of ``x``."""
-    return compare(x, y, out=torch.empty_like(x))
+    return compare(x, y, out=torch.empty_like(x) if out is None else out)

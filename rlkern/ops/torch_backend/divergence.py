@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,46 +17,53 @@ from .logits import Chunks, pieces, row_scale
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
 
 
-def _pairs(
-    logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[slice | Tensor, int, float | Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Chunks of live rows: (rows, how many, their scale, soft-capped x and y, two buffers, which these may be); a row that is alone comes twice."""
+class _Pair(NamedTuple):
+    """A chunk of live rows; one that is alone comes twice."""
+
+    rows: slice | Tensor
+    n: int  # how many there are
+    c: float | Tensor  # their scale
+    x: Tensor  # soft-capped
+    y: Tensor
+    rooms: list[Tensor]  # four, of which the first two may be x and y
+
+
+def _pairs(logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype) -> Iterator[_Pair]:
     chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
-    other = torch.empty_like(chunks.buffer)
     for rows, raw in chunks:
-        n = raw.shape[0]
         raw_y = ref[locate(ref, rows)]
-        buffers = chunks.buffer[:n], other[:n]
-        x, y = (soft_capped(t, o.cap, buffer) for t, buffer in zip((raw, raw_y.expand(n, -1)), buffers, strict=True))
-        yield rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, *buffers
+        rooms = [chunks.room(raw.shape[0], i) for i in range(4)]
+        x, y = (soft_capped(t, o.cap, room) for t, room in zip((raw, raw_y.expand(raw.shape[0], -1)), rooms, strict=False))
+        yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, rooms)
 
 
-def _exponentials(x: Tensor, c: float | Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(maximum, x less that, in ``buffer``, its exponentials, their sum) of soft-capped rows."""
+def _exponentials(x: Tensor, c: float | Tensor, distances: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in ``distances``, its exponentials, in ``out``, their sum) of soft-capped rows."""
     m = x.amax(-1, keepdim=True)
-    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=buffer)
-    e = (d * (c * LOG2E)).exp2_()
+    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=distances)
+    e = torch.mul(d, c * LOG2E, out=out).exp2_()
     return m, d, e, e.sum(-1, keepdim=True)
 
 
-def _log2_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, buffer: Tensor) -> Tensor:
-    """In ``buffer``, from the statistics of soft-capped rows."""
-    return torch.sub(x, m, out=buffer).mul_(c * LOG2E).sub_(log2_sum)
+def _log2_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, out: Tensor) -> Tensor:
+    """In ``out``, from the statistics of soft-capped rows."""
+    return torch.sub(x, m, out=out).mul_(c * LOG2E).sub_(log2_sum)
 
 
-def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """M = (1 - beta) p + beta q: exactly p where they are equal, and never 0."""
-    return torch.lerp(p, q, beta).add_(torch.finfo(p.dtype).tiny)
+def _mixture(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
+    """M = (1 - beta) p + beta q in ``out``: exactly p where they are equal, and never 0."""
+    return torch.lerp(p, q, beta, out=out).add_(torch.finfo(p.dtype).tiny)
 
 
-def _log_ratio(p: Tensor, m: Tensor) -> Tensor:
-    """log p - log M, finite where p is 0."""
-    return p.div(m).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+def _log_ratio(p: Tensor, m: Tensor, out: Tensor) -> Tensor:
+    """log p - log M in ``out``, finite where p is 0."""
+    return torch.div(p, m, out=out).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
-def _mixture_terms(p: Tensor, q: Tensor, beta: float) -> Tensor:
-    m = _mixture(p, q, beta)
-    return torch.stack([_log_ratio(x, m).mul_(x).sum(-1) for x in (p, q)], -1)
+def _mixture_terms(p: Tensor, q: Tensor, beta: float, rooms: list[Tensor]) -> Tensor:
+    """``[n, 2]``; ``rooms`` are two."""
+    m = _mixture(p, q, beta, rooms[0])
+    return torch.stack([_log_ratio(x, m, rooms[1]).mul_(x).sum(-1) for x in (p, q)], -1)
 
 
 def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: Tensor | None = None) -> Tensor:
@@ -65,16 +73,16 @@ def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: 
     if logits.shape[-1] == 0:
         states[:, ::2] = torch.tensor([-torch.inf, -torch.inf, 0.0])
         return states
-    for rows, live, c, x, y, buffer, other in _pairs(first, second, o, o.live(logits), states.dtype):
-        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = _exponentials(x, c, buffer), _exponentials(y, c, other)
+    for rows, n, c, x, y, rooms in _pairs(first, second, o, o.live(logits), states.dtype):
+        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = (_exponentials(t, c, *rooms[i::2]) for i, t in enumerate((x, y)))
         t = torch.zeros_like(s_p)
         if o.kind != "jsd":
             ratio = torch.sub(d, d_q, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
             infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
             t = torch.where(infinite, torch.inf, e.mul_(ratio).sum(-1, keepdim=True) * c * LOG2E)
         elif terms is not None:
-            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta)[:live]
-        states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:live]
+            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta, rooms[:2])[:n]
+        states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:n]
     return states
 
 
@@ -84,10 +92,10 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statisti
     if logits.shape[-1] == 0:
         return terms
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, live, c, x, y, buffer, other in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
+    for rows, n, c, x, y, rooms in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
         m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
-        p, q = _log2_p(x, m_p, log2_p, c, buffer).exp2_(), _log2_p(y, m_q, log2_q, c, other).exp2_()
-        terms[rows] = _mixture_terms(p, q, o.beta)[:live]
+        p, q = _log2_p(x, m_p, log2_p, c, rooms[0]).exp2_(), _log2_p(y, m_q, log2_q, c, rooms[1]).exp2_()
+        terms[rows] = _mixture_terms(p, q, o.beta, rooms[2:])[:n]
     return terms
 
 
@@ -104,14 +112,14 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     dx, upstream = as_rows(out), grad.flatten()
     live = o.live(logits) & (upstream != 0)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, buffer, other in _pairs(logits, ref_logits, o, live, statistics.dtype):
+    for rows, n, c, x, y, rooms in _pairs(logits, ref_logits, o, live, statistics.dtype):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d, d_ref = _log2_p(x, m_p, log2_p, c, buffer), _log2_p(y, m_q, log2_q, c, other)
+        d, d_ref = _log2_p(x, m_p, log2_p, c, rooms[0]), _log2_p(y, m_q, log2_q, c, rooms[1])
         factor = upstream[rows].unsqueeze(1) * c
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
-            included = as_number(torch.gt, d, -torch.inf)
+            included = as_number(torch.gt, d, -torch.inf, rooms[2])
             dz = d.exp2_().sub_(d_ref.exp2_().mul_(included))
             factor = factor + 0.0 * log2_q
         elif o.beta == 1:
@@ -120,7 +128,8 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             factor = factor / LOG2E
         else:
             p = d.exp2_()
-            dz = p * _log_ratio(p, _mixture(p, d_ref.exp2_(), o.beta)).sub_(mean)
+            m = _mixture(p, d_ref.exp2_(), o.beta, rooms[2])
+            dz = _log_ratio(p, m, m).sub_(mean).mul_(p)
             factor = factor * (1 - o.beta)
         dz.mul_(factor)
         if slope is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
+from ctypes import c_float
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +20,17 @@ from .policy import token_slopes
 
 # Elements of a chunk of rows: 2 MiB of float32, which stay in the cache between the passes over them. With less, calls take longer than the work.
 CHUNK = 1 << 19
+_GRAIN, _WIDTH = 1 << 15, 64  # the least that PyTorch gives a thread, and more than its vectors have, in elements
 _LOWEST_LOG2 = -1e4  # stands for -inf in bits: 2 to it is 0, and its products with large gradients are finite
 
 
 def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
     """The live rows of ``x [outer, inner, V]``, as many at once as fit the cache: runs of them as slices, of which :func:`locate` makes views; and by
     index what is scattered in runs of less than a sixteenth of that: to copy those together takes less time than to call everything for each."""
-    size, inner = max(2, CHUNK // x.shape[-1]), x.shape[1]
-    if live.all():
+    size, inner, n = max(2, CHUNK // x.shape[-1]), x.shape[1], int(live.count_nonzero())
+    if n == 0:
+        return []
+    if n == live.numel():
         runs = [(start, start + inner) for start in range(0, live.numel(), inner)]
     else:
         ends = live[1:] != live[:-1]
@@ -52,12 +57,28 @@ class Chunks:
 
     def __init__(self, x: Tensor, live: Tensor, dtype: torch.dtype) -> None:
         self.x, self.dtype, self.pieces = x, dtype, pieces(live, x)
+        self.lengths = [rows.stop - rows.start if isinstance(rows, slice) else rows.numel() for rows in self.pieces]
+        self.rooms: list[Tensor] = []
 
-    @cached_property
-    def buffer(self) -> Tensor:
-        """For one chunk."""
-        longest = max([2, *(rows.stop - rows.start if isinstance(rows, slice) else rows.numel() for rows in self.pieces)])
-        return torch.empty(longest, self.x.shape[-1], dtype=self.dtype, device=self.x.device)
+    def room(self, n: int, i: int = 0) -> Tensor:
+        """``[n, V]``, uninitialised: the i-th of as many as are asked for, the same ones for every chunk."""
+        return self._flat(i)[: n * self.x.shape[-1]].view(n, -1)
+
+    def exp2(self, n: int, i: int, out: int) -> Tensor:
+        """2 to what is in the room ``i`` of ``n`` rows, in the room ``out``."""
+        # PyTorch computes what its vectors leave over at the end of each thread's part one by one, and rounds it otherwise: no part leaves any.
+        size = n * self.x.shape[-1]
+        parts = min(torch.get_num_threads(), -(-size // _GRAIN))
+        size += -size % (parts * _WIDTH)
+        torch.exp2(self._flat(i)[:size], out=self._flat(out)[:size])
+        return self.room(n, out)
+
+    def _flat(self, i: int) -> Tensor:
+        while i >= len(self.rooms):
+            size = max([2, *self.lengths]) * self.x.shape[-1]
+            self.rooms.append(torch.empty(size + _WIDTH * torch.get_num_threads(), dtype=self.dtype, device=self.x.device))
+            self.rooms[-1][size:] = 0
+        return self.rooms[i]
 
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """(rows, their logits [n, V], n >= 2, the last one repeated if need be)."""
@@ -66,37 +87,106 @@ class Chunks:
             chunk = self.x[locate(self.x, rows)]
             yield rows, chunk.expand(max(2, chunk.shape[0]), -1)
 
+    def put(self, found: list[Tensor], out: Tensor) -> None:
+        """What was found of the rows of each chunk, ``[n]``, at its place in ``out``."""
+        if found:
+            values = torch.cat([x[:1] if n == 1 else x for x, n in zip(found, self.lengths, strict=True)])
+            if values.numel() == out.numel():
+                out.copy_(values)
+            else:
+                order = [torch.arange(rows.start, rows.stop, device=out.device) if isinstance(rows, slice) else rows for rows in self.pieces]
+                out[torch.cat(order)] = values
+
 
 def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> float | Tensor:
     """logit_scale / T: a number, or ``[n, 1]`` for a temperature a token."""
     return scale if temperature is None else (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1)
 
 
+class TwoPasses(NamedTuple):
+    """d = (x - m) k, where k = logit_scale / T * log2 e: the distances of logits from their row's maximum, in bits."""
+
+    scale: float
+    temperature: Tensor | None
+
+    def origin(self, m: Tensor) -> Tensor:
+        """What ``into`` takes of each row: the maximum, a finite one in a row that has nothing but -inf."""
+        return m.clamp(min=torch.finfo(m.dtype).min)
+
+    def into(self, out: Tensor, x: Tensor, origin: Tensor, rows: slice | Tensor) -> Tensor:
+        """d of these ``rows [n, V]``, of which ``origin`` is ``[n, 1]``."""
+        return torch.sub(x, origin, out=out).mul_(row_scale(self.scale, self.temperature, rows, out.dtype) * LOG2E)
+
+
+class OnePass(NamedTuple):
+    """d = x k - (m k), the first product and the difference rounded together. The other product is rounded by itself: d is less by its ``slip``."""
+
+    k: float
+
+    def origin(self, m: Tensor) -> Tensor:
+        return m * -self.k
+
+    def into(self, out: Tensor, x: Tensor, origin: Tensor, _rows: slice | Tensor) -> Tensor:
+        return torch.add(origin, x, alpha=self.k, out=out)
+
+    def slips(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of each row: its slip, in float64, and whether it has to take two passes (then 0), as with huge or infinite logits; None: none has."""
+        exact = m.double().mul_(self.k)
+        slip = exact.float() - exact
+        small = slip.abs() <= 1
+        return (slip, None) if small.all() else (slip.masked_fill_(~small, 0.0), ~small)
+
+
+@cache
+def _fuses() -> bool:
+    """Whether PyTorch rounds x + alpha y but once: not on x86 without FMA."""
+    y = torch.full((3, 37), 1 + 2.0**-12)
+    return bool((torch.add(-(y * y)[:, :1], y, alpha=1 + 2.0**-12) == 2.0**-24).all())
+
+
+def one_pass(logits: Tensor, per_row: Rows) -> OnePass | None:
+    """If it can be had."""
+    if per_row.temperature is None and state_dtype(logits.dtype) == torch.float32 and logits.device.type == "cpu" and _fuses():
+        return OnePass(c_float(per_row.scale * LOG2E).value)
+    return None
+
+
 def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
     """``[n, 4]``, see :meth:`Rows.states`."""
     _, columns, _ = per_row.columns(logits)
-    scale, cap, dtype = per_row.scale, per_row.cap, state_dtype(logits.dtype)
+    dtype = state_dtype(logits.dtype)
     state = torch.zeros(per_row.ids.numel(), 3, dtype=dtype, device=logits.device)
     m, s, t = state.unbind(1)
     if columns == 0:
         m.fill_(-torch.inf)
         return per_row.with_target(state, logits)
-    chunks = Chunks(as_rows(logits)[..., :columns], per_row.live().flatten(), dtype)
-    for rows, raw in chunks:
-        n = raw.shape[0]
-        live = m[rows].numel()
-        buffer = chunks.buffer[:n]
-        x = soft_capped(raw, cap, buffer)
-        top = x.amax(-1, keepdim=True)
-        c = row_scale(scale, per_row.temperature, rows, dtype)
-        d = torch.sub(x, top.clamp(min=torch.finfo(top.dtype).min), out=buffer).mul_(c * LOG2E)  # -inf in a row that has nothing else
-        m[rows] = top[:live, 0]
+
+    def add_up(live: Tensor, distances: OnePass | TwoPasses) -> None:
+        chunks, tops, sums, products = Chunks(as_rows(logits)[..., :columns], live, dtype), [], [], []
+        for rows, raw in chunks:
+            n = raw.shape[0]
+            buffer = chunks.room(n)
+            x = soft_capped(raw, per_row.cap, buffer)
+            top = x.amax(-1, keepdim=True)
+            d = distances.into(buffer, x, distances.origin(top), rows)
+            e = chunks.exp2(n, 0, 1 if with_entropy else 0)
+            tops.append(top.squeeze(1))
+            sums.append(e.sum(-1))
+            if with_entropy:
+                products.append(e.mul_(d.clamp_(min=_LOWEST_LOG2)).sum(-1))
+        for found, place in ((tops, m), (sums, s), (products, t)):
+            chunks.put(found, place)
+
+    live, usual, far = per_row.live().flatten(), one_pass(logits, per_row), None
+    if usual is not None:
+        add_up(live, usual)
+        slip, far = usual.slips(m)
+        by = slip.div(LOG2E).exp()
         if with_entropy:
-            e = torch.exp2(d)
-            s[rows] = e.sum(-1)[:live]
-            t[rows] = e.mul_(d.clamp_(min=_LOWEST_LOG2)).sum(-1)[:live]
-        else:
-            s[rows] = d.exp2_().sum(-1)[:live]
+            t.add_(slip * s).mul_(by)
+        s.mul_(by)
+    if usual is None or far is not None:
+        add_up(live if far is None else live & far, TwoPasses(per_row.scale, per_row.temperature))
     return per_row.with_target(state, logits)
 
 
@@ -114,7 +204,7 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     x, dx = as_rows(logits)[..., :columns], as_rows(out)[..., :columns]
     if columns == 0:
         return
-    scale, cap = per_row.scale, per_row.cap
+    cap = per_row.cap
     a, b = (None if t is None else t.flatten() for t in slopes)
     assert a is not None
     live = per_row.live().flatten() & Slopes(a, b).moving()
@@ -126,6 +216,10 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     chosen = x.gather(-1, target.view(*x.shape[:2], 1)).flatten()
     hit = upstream.masked_fill((chosen == -torch.inf) | ~here & inside, 0.0)
     h, m, log2_s = (t.flatten() for t in saved)
+    usual, far = one_pass(logits, per_row), None
+    if usual is not None:
+        slip, far = usual.slips(m)
+        log2_s = (log2_s - slip).to(m.dtype)
     # With d = log2 of p / p_max, d loss / dz = p (a_0 + b_0 log p) = 2^d (constant + factor d).
     p_max = torch.exp2(-log2_s)
     constant, factor = -upstream * p_max, None
@@ -133,28 +227,35 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
         constant = (b * c * (log2_s / LOG2E - h) - upstream) * p_max
         factor = (b * c * p_max / -LOG2E).unsqueeze(1)
     m, constant, target, hit = (t.unsqueeze(1) for t in (m, constant, target, hit))
-    chunks = Chunks(x, live, state_dtype(logits.dtype))
-    for rows, raw in chunks:
-        where = locate(dx, rows)
-        # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
-        place = dx[where] if isinstance(where[1], slice) and dx.dtype == chunks.dtype else None
-        n = m[rows].shape[0]
-        buffer = chunks.buffer[:n] if place is None else place
-        # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
-        z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
-        slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        k = row_scale(scale, per_row.temperature, rows, chunks.dtype) * LOG2E
-        d = torch.sub(z, m[rows], out=buffer).mul_(k)
-        if factor is None:
-            dz = d.exp2_().mul_(constant[rows])
-        else:
-            e = torch.exp2(d)
-            dz = d.clamp_(min=_LOWEST_LOG2).mul_(factor[rows]).add_(constant[rows]).mul_(e)
-        dz.scatter_add_(1, target[rows], hit[rows])
-        if slope is not None:
-            dz.mul_(slope)
-        if place is None:
-            dx[where] = dz.to(dx.dtype)
+
+    def fill(live: Tensor, distances: OnePass | TwoPasses) -> None:
+        chunks, origin = Chunks(x, live, m.dtype), distances.origin(m)
+        for rows, raw in chunks:
+            where = locate(dx, rows)
+            # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
+            place = dx[where] if isinstance(where[1], slice) and dx.dtype == chunks.dtype else None
+            start = origin[rows]
+            n = start.shape[0]
+            buffer = chunks.room(n) if place is None else place
+            # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
+            z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
+            slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
+            d = distances.into(buffer, z, start, rows)
+            if factor is None:
+                dz = d.exp2_().mul_(constant[rows])
+            else:
+                e = torch.exp2(d, out=chunks.room(n, 1))
+                dz = d.clamp_(min=_LOWEST_LOG2).mul_(factor[rows]).add_(constant[rows]).mul_(e)
+            dz.scatter_add_(1, target[rows], hit[rows])
+            if slope is not None:
+                dz.mul_(slope)
+            if place is None:
+                dx[where] = dz.to(dx.dtype)
+
+    if usual is not None:
+        fill(live if far is None else live & ~far, usual)
+    if usual is None or far is not None:
+        fill(live if far is None else live & far, TwoPasses(per_row.scale, per_row.temperature))
     if not live.all():
         for rows in pieces(~live, dx):
             dx[locate(dx, rows)] = 0
