@@ -65,8 +65,8 @@ def test_a_row_far_from_zero_changes_no_other(backend, device):
         assert all(torch.equal(x[0], y[i]) for x, y in zip(alone, together, strict=True)), CENTRES[i]
 
 
-def test_one_pass_is_less_by_its_slip():
-    """To the last bit that float64 can tell: d + slip = (x - m) k, where PyTorch fuses; elsewhere nothing takes one pass."""
+def test_one_pass_moves_a_row_by_its_zero():
+    """To the last bit that float64 can tell: d - zero = (x - m) k, where PyTorch fuses; elsewhere nothing takes one pass."""
     logits = torch.randn(7, 1003) * 5 + torch.randn(7, 1) * 1000
     rows = torch_backend.Rows(torch.zeros(7, dtype=torch.int64), None, None, 0.83, None, "torch")
     way = torch_backend.one_pass(logits, rows)
@@ -74,11 +74,11 @@ def test_one_pass_is_less_by_its_slip():
         assert not torch_backend._fuses()
         return
     m = logits.amax(-1, keepdim=True)
-    d = way.into(torch.empty_like(logits), logits, way.origin(m), slice(None))
-    slip, far = way.slips(m)
+    d = way.into(torch.empty_like(logits), logits, way.origin(m))
+    zero, far = way.zeros(m)
     assert far is None
-    exact = (logits.double() - m.double()) * way.k
-    assert torch.equal(d, (exact - slip).float())
+    assert zero.any()
+    assert torch.equal(d, ((logits.double() - m.double()) * way.k + zero).float())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -152,6 +152,10 @@ class Rows(NamedTuple):
 
     def check_ids(self, vocabulary: int) -> None:
         """ValueError naming the first counted position whose id is outside ``[0, vocabulary)``. Synchronises."""
+        if self.ids.numel():
+            least, most = self.ids.aminmax()
+            if least.item() >= 0 and most.item() < vocabulary:
+                return
         wrong = self.live() & ((self.ids < 0) | (self.ids >= vocabulary))
         if bool(wrong.any()):
             position = tuple(int(i) for i in wrong.nonzero()[0])
@@ -164,11 +168,11 @@ class Rows(NamedTuple):
         return (token >= 0) & (token < total)
 
     def targets(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat: whether the id is one of these columns, and which one; 0 where it is not."""
+        """Flat: whether the id is one of these columns, of which there are some, and which one; the nearest where it is not."""
         first, columns, _ = self.columns(logits)
-        token = self.ids.flatten()
-        here = (token >= first) & (token < first + columns)
-        return here, torch.where(here, token - first, 0).long()
+        column = self.ids.flatten() - first
+        nearest = column.clamp(0, columns - 1)
+        return column == nearest, nearest.long()
 
     def statistics(self, logits: Tensor, out: Statistics) -> None:
         """Fill ``out``, contiguous and of the shape of the ids."""
@@ -185,12 +189,10 @@ class Rows(NamedTuple):
 
     def with_target(self, state: Tensor, logits: Tensor) -> Tensor:
         """``[n, 3]`` with the soft-capped target beside it: 0 where another shard has it."""
-        here, column = self.targets(logits)
-        x = as_rows(logits)
-        if not x.shape[-1]:
-            chosen = state.new_zeros(here.numel())
-        else:
-            chosen = x.gather(-1, column.view(*x.shape[:2], 1)).flatten()
+        if self.columns(logits)[1] == 0:
+            return torch.cat([state, torch.zeros_like(state[:, :1])], 1)
+        x, (here, column) = as_rows(logits), self.targets(logits)
+        chosen = x.gather(-1, column.view(*x.shape[:2], 1)).flatten()
         chosen = torch.where(here, chosen.to(state.dtype), 0.0)
         return torch.cat([state, soft_capped(chosen, self.cap, torch.empty_like(chosen)).unsqueeze(1)], 1)
 

@@ -58,11 +58,14 @@ class Chunks:
     def __init__(self, x: Tensor, live: Tensor, dtype: torch.dtype) -> None:
         self.x, self.dtype, self.pieces = x, dtype, pieces(live, x)
         self.lengths = [rows.stop - rows.start if isinstance(rows, slice) else rows.numel() for rows in self.pieces]
-        self.rooms: list[Tensor] = []
+        self.flat: list[Tensor] = []
+        self.rooms: dict[tuple[int, int], Tensor] = {}
 
     def room(self, n: int, i: int = 0) -> Tensor:
         """``[n, V]``, uninitialised: the i-th of as many as are asked for, the same ones for every chunk."""
-        return self._flat(i)[: n * self.x.shape[-1]].view(n, -1)
+        if (n, i) not in self.rooms:
+            self.rooms[n, i] = self._flat(i)[: n * self.x.shape[-1]].view(n, -1)
+        return self.rooms[n, i]
 
     def exp2(self, n: int, i: int, out: int) -> Tensor:
         """2 to what is in the room ``i`` of ``n`` rows, in the room ``out``."""
@@ -74,11 +77,10 @@ class Chunks:
         return self.room(n, out)
 
     def _flat(self, i: int) -> Tensor:
-        while i >= len(self.rooms):
+        while i >= len(self.flat):
             size = max([2, *self.lengths]) * self.x.shape[-1]
-            self.rooms.append(torch.empty(size + _WIDTH * torch.get_num_threads(), dtype=self.dtype, device=self.x.device))
-            self.rooms[-1][size:] = 0
-        return self.rooms[i]
+            self.flat.append(torch.empty(size + _WIDTH * torch.get_num_threads(), dtype=self.dtype, device=self.x.device))
+        return self.flat[i]
 
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """(rows, their logits [n, V], n >= 2, the last one repeated if need be)."""
@@ -119,22 +121,25 @@ class TwoPasses(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """d = x k - (m k), the first product and the difference rounded together. The other product is rounded by itself: d is less by its ``slip``."""
+    """d = x k - (m k), the first product and the difference rounded together. The other product is rounded by itself, which moves the whole row."""
 
     k: float
 
     def origin(self, m: Tensor) -> Tensor:
         return m * -self.k
 
-    def into(self, out: Tensor, x: Tensor, origin: Tensor, _rows: slice | Tensor) -> Tensor:
+    def into(self, out: Tensor, x: Tensor, origin: Tensor, _rows: slice | Tensor | None = None) -> Tensor:
         return torch.add(origin, x, alpha=self.k, out=out)
 
-    def slips(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of each row: its slip, in float64, and whether it has to take two passes (then 0), as with huge or infinite logits; None: none has."""
-        exact = m.double().mul_(self.k)
-        slip = exact.float() - exact
-        small = slip.abs() <= 1
-        return (slip, None) if small.all() else (slip.masked_fill_(~small, 0.0), ~small)
+    def zeros(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of each row: what d is at the maximum, which is by how much all of it is too great; and whether it has to take two passes, as with huge or
+        infinite logits (then 0); None: none has."""
+        zero = self.into(torch.empty_like(m), m, self.origin(m))
+        least, most = zero.aminmax()
+        if least.item() >= -1 and most.item() <= 1:
+            return zero, None
+        far = ~(zero.abs() <= 1)  # or NaN
+        return zero.masked_fill_(far, 0.0), far
 
 
 @cache
@@ -180,10 +185,10 @@ def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
     live, usual, far = per_row.live().flatten(), one_pass(logits, per_row), None
     if usual is not None:
         add_up(live, usual)
-        slip, far = usual.slips(m)
-        by = slip.div(LOG2E).exp()
+        zero, far = usual.zeros(m)
+        by = zero.div(-LOG2E).exp_()
         if with_entropy:
-            t.add_(slip * s).mul_(by)
+            t.sub_(zero * s).mul_(by)
         s.mul_(by)
     if usual is None or far is not None:
         add_up(live if far is None else live & far, TwoPasses(per_row.scale, per_row.temperature))
@@ -208,7 +213,8 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     a, b = (None if t is None else t.flatten() for t in slopes)
     assert a is not None
     live = per_row.live().flatten() & Slopes(a, b).moving()
-    inside, (here, target) = per_row.inside(total), per_row.targets(logits)
+    here, target = per_row.targets(logits)
+    inside = here if per_row.shard is None else per_row.inside(total)
     a = a.masked_fill(~inside, torch.nan)
     c = per_row.scales(state_dtype(logits.dtype))
     upstream = a * c
@@ -218,8 +224,8 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
     h, m, log2_s = (t.flatten() for t in saved)
     usual, far = one_pass(logits, per_row), None
     if usual is not None:
-        slip, far = usual.slips(m)
-        log2_s = (log2_s - slip).to(m.dtype)
+        zero, far = usual.zeros(m)
+        log2_s = log2_s + zero
     # With d = log2 of p / p_max, d loss / dz = p (a_0 + b_0 log p) = 2^d (constant + factor d).
     p_max = torch.exp2(-log2_s)
     constant, factor = -upstream * p_max, None
