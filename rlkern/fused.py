@@ -21,6 +21,7 @@ from .ops.linear import gradients_in_forward, linear_policy_gradients_op
 from .ops.logits import Slopes, TokenLogprobs, live_rows
 from .ops.policy import Tokens
 from .ops.policy import policy_loss as policy_loss_on_tokens
+from .ops.select import as_bool
 from .ops.sequences import aggregation_weights, per_token, sequence_sum, to_tokens
 from .surrogates import check_backend, own_surrogate
 
@@ -57,7 +58,7 @@ class Objective(NamedTuple):
         if c.entropy_coef == 0:
             return Weights(loss.flatten(), None)
         if c.entropy_aggregation is not None:
-            kept = t.mask if t.entropy_mask is None else t.mask & (t.entropy_mask != 0)
+            kept = t.mask if t.entropy_mask is None else t.mask & as_bool(t.entropy_mask)
             bonus = aggregation_weights(kept, c.entropy_aggregation, dtype, None, c.max_length, t.cu_seqlens)
         return Weights(loss.flatten(), (-c.entropy_coef * bonus).flatten())
 
@@ -101,7 +102,8 @@ def _counted(ids: Tensor, mask: Tensor | None, in_support: Tensor | None) -> tup
     live = live_rows(ids, mask)
     if in_support is None:
         return live, None
-    return live & in_support, (live & ~in_support).sum()
+    counted = live & in_support
+    return counted, (live ^ counted).sum()
 
 
 def _objective(

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .._checks import state_dtype
 from .backends import backend_of
 from .operators import fake_of, operator, save, saved, split
+from .select import as_bool
 from .shards import LOG2E, Shard, merged
 
 IGNORE_INDEX = -100
@@ -62,7 +63,7 @@ def locate(x: Tensor, rows: slice | Tensor) -> tuple[int | Tensor, slice | Tenso
 def live_rows(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which positions count, as bool: not masked, and not the ignored id."""
     live = ids != IGNORE_INDEX
-    return live if mask is None else live & (mask != 0)
+    return live if mask is None else live & as_bool(mask)
 
 
 def soft_capped(x: Tensor, cap: float | None, out: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ _LOWEST_LOG2 = -1e4  # stands for -inf in bits: 2 to it is 0, and its products w
 def pieces(live: Tensor, x: Tensor) -> list[slice | Tensor]:
     """The live rows of ``x [outer, inner, V]``, as many at once as fit the cache: runs of them as slices, of which :func:`locate` makes views; and by
     index what is scattered in runs of less than a sixteenth of that: to copy those together takes less time than to call everything for each."""
-    size, inner, n = max(2, CHUNK // x.shape[-1]), x.shape[1], int(live.count_nonzero())
-    if n == 0:
-        return []
-    if n == live.numel():
+    size, inner = max(2, CHUNK // x.shape[-1]), x.shape[1]
+    if live.all():
         runs = [(start, start + inner) for start in range(0, live.numel(), inner)]
+    elif not live.any():
+        return []
     else:
         ends = live[1:] != live[:-1]
         ends[inner - 1 :: inner] = True
