@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,16 +26,15 @@ class _Pair(NamedTuple):
     c: float | Tensor  # their scale
     x: Tensor  # soft-capped
     y: Tensor
-    rooms: list[Tensor]  # four, of which the first two may be x and y
+    room: Callable[[int], Tensor]  # for as many as are asked for; the first two may be x and y
 
 
 def _pairs(logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype) -> Iterator[_Pair]:
     chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
     for rows, raw in chunks:
-        raw_y = ref[locate(ref, rows)]
-        rooms = [chunks.room(raw.shape[0], i) for i in range(4)]
-        x, y = (soft_capped(t, o.cap, room) for t, room in zip((raw, raw_y.expand(raw.shape[0], -1)), rooms, strict=False))
-        yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, rooms)
+        room, raw_y = partial(chunks.room, raw.shape[0]), ref[locate(ref, rows)]
+        x, y = (soft_capped(t, o.cap, room(i)) for i, t in enumerate((raw, raw_y.expand(raw.shape[0], -1))))
+        yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, room)
 
 
 def _exponentials(x: Tensor, c: float | Tensor, distances: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,10 +60,10 @@ def _log_ratio(p: Tensor, m: Tensor, out: Tensor) -> Tensor:
     return torch.div(p, m, out=out).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
-def _mixture_terms(p: Tensor, q: Tensor, beta: float, rooms: list[Tensor]) -> Tensor:
-    """``[n, 2]``; ``rooms`` are two."""
-    m = _mixture(p, q, beta, rooms[0])
-    return torch.stack([_log_ratio(x, m, rooms[1]).mul_(x).sum(-1) for x in (p, q)], -1)
+def _mixture_terms(p: Tensor, q: Tensor, beta: float, mixture: Tensor, ratio: Tensor) -> Tensor:
+    """``[n, 2]``; the last two are room for what it needs."""
+    m = _mixture(p, q, beta, mixture)
+    return torch.stack([_log_ratio(x, m, ratio).mul_(x).sum(-1) for x in (p, q)], -1)
 
 
 def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: Tensor | None = None) -> Tensor:
@@ -73,15 +73,15 @@ def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: 
     if logits.shape[-1] == 0:
         states[:, ::2] = torch.tensor([-torch.inf, -torch.inf, 0.0])
         return states
-    for rows, n, c, x, y, rooms in _pairs(first, second, o, o.live(logits), states.dtype):
-        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = (_exponentials(t, c, *rooms[i::2]) for i, t in enumerate((x, y)))
+    for rows, n, c, x, y, room in _pairs(first, second, o, o.live(logits), states.dtype):
+        (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = (_exponentials(t, c, room(i), room(2 + i)) for i, t in enumerate((x, y)))
         t = torch.zeros_like(s_p)
         if o.kind != "jsd":
             ratio = torch.sub(d, d_q, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
             infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
             t = torch.where(infinite, torch.inf, e.mul_(ratio).sum(-1, keepdim=True) * c * LOG2E)
         elif terms is not None:
-            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta, rooms[:2])[:n]
+            terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta, room(0), room(1))[:n]
         states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:n]
     return states
 
@@ -92,10 +92,10 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statisti
     if logits.shape[-1] == 0:
         return terms
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, rooms in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
+    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
         m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
-        p, q = _log2_p(x, m_p, log2_p, c, rooms[0]).exp2_(), _log2_p(y, m_q, log2_q, c, rooms[1]).exp2_()
-        terms[rows] = _mixture_terms(p, q, o.beta, rooms[2:])[:n]
+        p, q = _log2_p(x, m_p, log2_p, c, room(0)).exp2_(), _log2_p(y, m_q, log2_q, c, room(1)).exp2_()
+        terms[rows] = _mixture_terms(p, q, o.beta, room(2), room(3))[:n]
     return terms
 
 
@@ -112,14 +112,14 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     dx, upstream = as_rows(out), grad.flatten()
     live = o.live(logits) & (upstream != 0)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, rooms in _pairs(logits, ref_logits, o, live, statistics.dtype):
+    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, live, statistics.dtype):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d, d_ref = _log2_p(x, m_p, log2_p, c, rooms[0]), _log2_p(y, m_q, log2_q, c, rooms[1])
+        d, d_ref = _log2_p(x, m_p, log2_p, c, room(0)), _log2_p(y, m_q, log2_q, c, room(1))
         factor = upstream[rows].unsqueeze(1) * c
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
-            included = as_number(torch.gt, d, -torch.inf, rooms[2])
+            included = as_number(torch.gt, d, -torch.inf, room(2))
             dz = d.exp2_().sub_(d_ref.exp2_().mul_(included))
             factor = factor + 0.0 * log2_q
         elif o.beta == 1:
@@ -128,7 +128,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             factor = factor / LOG2E
         else:
             p = d.exp2_()
-            m = _mixture(p, d_ref.exp2_(), o.beta, rooms[2])
+            m = _mixture(p, d_ref.exp2_(), o.beta, room(2))
             dz = _log_ratio(p, m, m).sub_(mean).mul_(p)
             factor = factor * (1 - o.beta)
         dz.mul_(factor)
