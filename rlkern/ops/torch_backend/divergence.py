@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -29,12 +30,20 @@ class _Pair(NamedTuple):
     room: Callable[[int], Tensor]  # for as many as are asked for; the first two may be x and y
 
 
-def _pairs(logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype) -> Iterator[_Pair]:
+def _pairs(logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Iterator[_Pair]:
+    """The first room is the rows' place in ``out [outer, inner, V]`` where these lie together there, in the dtype of the arithmetic."""
     chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
     for rows, raw in chunks:
-        room, raw_y = partial(chunks.room, raw.shape[0]), ref[locate(ref, rows)]
+        raw_y = ref[locate(ref, rows)]
+        where = None if out is None or out.dtype != dtype or len(raw_y) != len(raw) else locate(out, rows)
+        place = None if out is None or where is None or not isinstance(where[1], slice) else out[where]
+        room = partial(_room, chunks, raw.shape[0], place)
         x, y = (soft_capped(t, o.cap, room(i)) for i, t in enumerate((raw, raw_y.expand(raw.shape[0], -1))))
         yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, room)
+
+
+def _room(chunks: Chunks, n: int, first: Tensor | None, i: int) -> Tensor:
+    return chunks.room(n, i) if i or first is None else first
 
 
 def _exponentials(x: Tensor, c: float | Tensor, distances: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,9 +54,14 @@ def _exponentials(x: Tensor, c: float | Tensor, distances: Tensor, out: Tensor) 
     return m, d, e, e.sum(-1, keepdim=True)
 
 
-def _log2_p(x: Tensor, m: Tensor, log2_sum: Tensor, c: float | Tensor, out: Tensor) -> Tensor:
-    """In ``out``, from the statistics of soft-capped rows."""
-    return torch.sub(x, m, out=out).mul_(c * LOG2E).sub_(log2_sum)
+def _distances(x: Tensor, m: Tensor, c: float | Tensor, out: Tensor) -> Tensor:
+    """From the maximum, in bits, in ``out``, of soft-capped rows."""
+    return torch.sub(x, m, out=out).mul_(c * LOG2E)
+
+
+def _may_be_infinite(x: Tensor) -> bool:
+    """Whether some number of ``x`` is infinite or NaN; True where to ask would be a synchronisation."""
+    return x.device.type != "cpu" or not math.isfinite(x.sum())
 
 
 def _mixture(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
@@ -77,9 +91,13 @@ def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: 
         (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = (_exponentials(t, c, room(i), room(2 + i)) for i, t in enumerate((x, y)))
         t = torch.zeros_like(s_p)
         if o.kind != "jsd":
-            ratio = torch.sub(d, d_q, out=d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
-            infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
-            t = torch.where(infinite, torch.inf, e.mul_(ratio).sum(-1, keepdim=True) * c * LOG2E)
+            ratio = torch.sub(d, d_q, out=d)
+            t = torch.mul(e, ratio, out=d_q).sum(-1, keepdim=True)
+            if _may_be_infinite(t):
+                ratio.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+                infinite = ratio.amax(-1, keepdim=True) == torch.inf  # even where the probability rounds to 0
+                t = e.mul_(ratio).sum(-1, keepdim=True).masked_fill_(infinite, torch.inf)
+            t *= c * LOG2E
         elif terms is not None:
             terms[rows] = _mixture_terms(e.div_(s_p), e_q.div_(s_q), o.beta, room(0), room(1))[:n]
         states[rows] = torch.cat([m_p, s_p, m_q, s_q, t], -1)[:n]
@@ -94,7 +112,8 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statisti
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
     for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
         m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
-        p, q = _log2_p(x, m_p, log2_p, c, room(0)).exp2_(), _log2_p(y, m_q, log2_q, c, room(1)).exp2_()
+        p = _distances(x, m_p, c, room(0)).exp2_().mul_(torch.exp2(-log2_p))
+        q = _distances(y, m_q, c, room(1)).exp2_().mul_(torch.exp2(-log2_q))
         terms[rows] = _mixture_terms(p, q, o.beta, room(2), room(3))[:n]
     return terms
 
@@ -112,29 +131,30 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     dx, upstream = as_rows(out), grad.flatten()
     live = o.live(logits) & (upstream != 0)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, live, statistics.dtype):
+    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, live, statistics.dtype, dx):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d, d_ref = _log2_p(x, m_p, log2_p, c, room(0)), _log2_p(y, m_q, log2_q, c, room(1))
-        factor = upstream[rows].unsqueeze(1) * c
+        d, d_ref = _distances(x, m_p, c, room(0)), _distances(y, m_q, c, room(1))
+        p_max, q_max, factor = torch.exp2(-log2_p), torch.exp2(-log2_q), upstream[rows].unsqueeze(1) * c
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
-            included = as_number(torch.gt, d, -torch.inf, room(2))
-            dz = d.exp2_().sub_(d_ref.exp2_().mul_(included))
-            factor = factor + 0.0 * log2_q
+            included = as_number(torch.gt, d, -torch.inf, room(2)) if _may_be_infinite(d) else None
+            dz, q = d.exp2_().mul_(factor * p_max + 0.0 * log2_q), d_ref.exp2_().mul_(factor * q_max)
+            dz.sub_(q if included is None else q.mul_(included))
         elif o.beta == 1:
-            ratio = torch.sub(d, d_ref, out=d_ref).nan_to_num_(nan=0.0, posinf=_HIGHEST, neginf=-_HIGHEST)
-            dz = d.exp2_().mul_(ratio.sub_(mean * LOG2E))
-            factor = factor / LOG2E
+            ratio = torch.sub(d, d_ref, out=d_ref)
+            if _may_be_infinite(ratio):
+                ratio.nan_to_num_(nan=0.0, posinf=_HIGHEST, neginf=-_HIGHEST)
+            dz = d.exp2_().mul_(ratio.sub_(log2_p - log2_q + mean * LOG2E)).mul_(factor * p_max / LOG2E)
         else:
-            p = d.exp2_()
-            m = _mixture(p, d_ref.exp2_(), o.beta, room(2))
-            dz = _log_ratio(p, m, m).sub_(mean).mul_(p)
-            factor = factor * (1 - o.beta)
-        dz.mul_(factor)
+            p = d.exp2_().mul_(p_max)
+            m = _mixture(p, d_ref.exp2_().mul_(q_max), o.beta, room(2))
+            dz = p.mul_(_log_ratio(p, m, m).sub_(mean)).mul_(factor * (1 - o.beta))
         if slope is not None:
             dz.mul_(slope)
-        dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
+        where = locate(dx, rows)
+        if not isinstance(where[1], slice) or dx[where].data_ptr() != dz.data_ptr():  # made elsewhere
+            dx[where] = dz[:n].to(dx.dtype)
     if not live.all():
         for rows in pieces(~live, dx):
             dx[locate(dx, rows)] = 0
