@@ -122,6 +122,10 @@ FAULTS = (
     Fault("kernels/divergence.py", "(of_p * softmax.LN2 - mean)", "(of_p * factor * softmax.LN2 - mean)", "divergence"),
     Fault("kernels/divergence.py", "q = q * r - 0.3559516370296478", "q = q * r - 0.3559616370296478", "divergence"),
     Fault("kernels/divergence.py", "(t + (shift - softmax.shift(other, other_new, c)) * s)", "(t + shift * s)", "divergence"),
+    Fault("rlkern/ops/torch_backend/divergence.py", "not math.isfinite(x.sum())", "False", "divergence"),
+    Fault("rlkern/ops/torch_backend/divergence.py", "infinite = ratio.amax(-1, keepdim=True) == torch.inf", "infinite = ratio.amax(-1, keepdim=True) == 1e30", "divergence"),
+    Fault("rlkern/ops/torch_backend/divergence.py", "ratio.sub_(log2_p - log2_q + mean * LOG2E)", "ratio.sub_(mean * LOG2E)", "divergence"),
+    Fault("rlkern/ops/torch_backend/divergence.py", "sub_(q if included is None else q.mul_(included))", "sub_(q)", "divergence"),
     # ---- around them
     Fault("rlkern/advantages.py", "concatenated(x, sizes, process_group)", "x", "distributed advantages"),
     Fault("rlkern/advantages.py", "if group_size < 1 or answers % group_size:", "if group_size < 1:", "advantages"),

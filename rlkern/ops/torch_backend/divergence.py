@@ -139,7 +139,7 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
             included = as_number(torch.gt, d, -torch.inf, room(2)) if _may_be_infinite(d) else None
-            dz, q = d.exp2_().mul_(factor * p_max + 0.0 * log2_q), d_ref.exp2_().mul_(factor * q_max)
+            dz, q = d.exp2_().mul_(factor * p_max), d_ref.exp2_().mul_(factor * q_max)
             dz.sub_(q if included is None else q.mul_(included))
         elif o.beta == 1:
             ratio = torch.sub(d, d_ref, out=d_ref)
