@@ -14,7 +14,7 @@ from ..divergence import STATISTICS, Comparison, Divergences, common_dtype
 from ..logits import as_rows, locate, soft_capped
 from ..select import as_number
 from ..shards import LOG2E
-from .logits import Chunks, pieces, row_scale
+from .logits import Chunks, distances, pieces, place_in, row_scale
 
 _HIGHEST = 1e30  # stands for inf where it meets a probability of 0
 
@@ -28,35 +28,30 @@ class _Pair(NamedTuple):
     x: Tensor  # soft-capped
     y: Tensor
     room: Callable[[int], Tensor]  # for as many as are asked for; the first two may be x and y
+    place: Tensor | None  # the first room, if that is where the result goes
 
 
 def _pairs(logits: Tensor, ref_logits: Tensor, o: Comparison, live: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Iterator[_Pair]:
-    """The first room is the rows' place in ``out [outer, inner, V]`` where these lie together there, in the dtype of the arithmetic."""
+    """With an ``out [outer, inner, V]`` the first room is the rows' place there, where they have one."""
     chunks, ref = Chunks(as_rows(logits), live, dtype), as_rows(ref_logits)
     for rows, raw in chunks:
         raw_y = ref[locate(ref, rows)]
-        where = None if out is None or out.dtype != dtype or len(raw_y) != len(raw) else locate(out, rows)
-        place = None if out is None or where is None or not isinstance(where[1], slice) else out[where]
+        place = None if out is None or len(raw_y) != len(raw) else place_in(out, rows, dtype)
         room = partial(_room, chunks, raw.shape[0], place)
         x, y = (soft_capped(t, o.cap, room(i)) for i, t in enumerate((raw, raw_y.expand(raw.shape[0], -1))))
-        yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, room)
+        yield _Pair(rows, raw_y.shape[0], row_scale(o.scale, o.temperature, rows, dtype), x, y, room, place)
 
 
 def _room(chunks: Chunks, n: int, first: Tensor | None, i: int) -> Tensor:
     return chunks.room(n, i) if i or first is None else first
 
 
-def _exponentials(x: Tensor, c: float | Tensor, distances: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(maximum, x less that, in ``distances``, its exponentials, in ``out``, their sum) of soft-capped rows."""
+def _exponentials(x: Tensor, c: float | Tensor, less: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, x less that, in ``less``, its exponentials, in ``out``, their sum) of soft-capped rows."""
     m = x.amax(-1, keepdim=True)
-    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=distances)
+    d = torch.sub(x, m.masked_fill(m == -torch.inf, 0.0), out=less)
     e = torch.mul(d, c * LOG2E, out=out).exp2_()
     return m, d, e, e.sum(-1, keepdim=True)
-
-
-def _distances(x: Tensor, m: Tensor, c: float | Tensor, out: Tensor) -> Tensor:
-    """From the maximum, in bits, in ``out``, of soft-capped rows."""
-    return torch.sub(x, m, out=out).mul_(c * LOG2E)
 
 
 def _may_be_infinite(x: Tensor) -> bool:
@@ -87,7 +82,7 @@ def divergence_states(logits: Tensor, ref_logits: Tensor, o: Comparison, terms: 
     if logits.shape[-1] == 0:
         states[:, ::2] = torch.tensor([-torch.inf, -torch.inf, 0.0])
         return states
-    for rows, n, c, x, y, room in _pairs(first, second, o, o.live(logits), states.dtype):
+    for rows, n, c, x, y, room, _ in _pairs(first, second, o, o.live(logits), states.dtype):
         (m_p, d, e, s_p), (m_q, d_q, e_q, s_q) = (_exponentials(t, c, room(i), room(2 + i)) for i, t in enumerate((x, y)))
         t = torch.zeros_like(s_p)
         if o.kind != "jsd":
@@ -110,10 +105,10 @@ def divergence_terms(logits: Tensor, ref_logits: Tensor, o: Comparison, statisti
     if logits.shape[-1] == 0:
         return terms
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
+    for rows, n, c, x, y, room, _ in _pairs(logits, ref_logits, o, o.live(logits), statistics.dtype):
         m_p, log2_p, m_q, log2_q, _ = (column[rows] for column in columns)
-        p = _distances(x, m_p, c, room(0)).exp2_().mul_(torch.exp2(-log2_p))
-        q = _distances(y, m_q, c, room(1)).exp2_().mul_(torch.exp2(-log2_q))
+        p = distances(x, m_p, c, room(0)).exp2_().mul_(torch.exp2(-log2_p))
+        q = distances(y, m_q, c, room(1)).exp2_().mul_(torch.exp2(-log2_q))
         terms[rows] = _mixture_terms(p, q, o.beta, room(2), room(3))[:n]
     return terms
 
@@ -131,10 +126,10 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
     dx, upstream = as_rows(out), grad.flatten()
     live = o.live(logits) & (upstream != 0)
     columns = statistics.view(-1, STATISTICS).unsqueeze(-1).unbind(1)
-    for rows, n, c, x, y, room in _pairs(logits, ref_logits, o, live, statistics.dtype, dx):
+    for rows, n, c, x, y, room, place in _pairs(logits, ref_logits, o, live, statistics.dtype, dx):
         m_p, log2_p, m_q, log2_q, mean = (column[rows] for column in columns)
         slope = None if o.cap is None else x.div(o.cap).masked_fill_(x == -torch.inf, 1.0).square_().neg_().add_(1.0)
-        d, d_ref = _distances(x, m_p, c, room(0)), _distances(y, m_q, c, room(1))
+        d, d_ref = distances(x, m_p, c, room(0)), distances(y, m_q, c, room(1))
         p_max, q_max, factor = torch.exp2(-log2_p), torch.exp2(-log2_q), upstream[rows].unsqueeze(1) * c
         # Where x = -inf the gradient is 0; NaN there too in a row whose statistics are not finite.
         if o.beta == 0:
@@ -152,9 +147,8 @@ def divergence_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor, o: Comp
             dz = p.mul_(_log_ratio(p, m, m).sub_(mean)).mul_(factor * (1 - o.beta))
         if slope is not None:
             dz.mul_(slope)
-        where = locate(dx, rows)
-        if not isinstance(where[1], slice) or dx[where].data_ptr() != dz.data_ptr():  # made elsewhere
-            dx[where] = dz[:n].to(dx.dtype)
+        if place is None:
+            dx[locate(dx, rows)] = dz[:n].to(dx.dtype)
     if not live.all():
         for rows in pieces(~live, dx):
             dx[locate(dx, rows)] = 0

@@ -105,6 +105,17 @@ def row_scale(scale: float, temperature: Tensor | None, rows: slice | Tensor, dt
     return scale if temperature is None else (scale / temperature.flatten()[rows].to(dtype)).unsqueeze(1)
 
 
+def place_in(out: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
+    """These rows of the result ``[outer, inner, V]`` where they lie together, in the ``dtype`` of the arithmetic: then the work is done there."""
+    where = locate(out, rows)
+    return out[where] if isinstance(where[1], slice) and out.dtype == dtype else None
+
+
+def distances(x: Tensor, m: Tensor, c: float | Tensor, out: Tensor) -> Tensor:
+    """From ``m [n, 1]``, in bits, in ``out``, of soft-capped rows with the scale ``c``."""
+    return torch.sub(x, m, out=out).mul_(c * LOG2E)
+
+
 class TwoPasses(NamedTuple):
     """d = (x - m) k, where k = logit_scale / T * log2 e: the distances of logits from their row's maximum, in bits."""
 
@@ -117,7 +128,7 @@ class TwoPasses(NamedTuple):
 
     def into(self, out: Tensor, x: Tensor, origin: Tensor, rows: slice | Tensor) -> Tensor:
         """d of these ``rows [n, V]``, of which ``origin`` is ``[n, 1]``."""
-        return torch.sub(x, origin, out=out).mul_(row_scale(self.scale, self.temperature, rows, out.dtype) * LOG2E)
+        return distances(x, origin, row_scale(self.scale, self.temperature, rows, out.dtype), out)
 
 
 class OnePass(NamedTuple):
@@ -166,14 +177,14 @@ def states(logits: Tensor, per_row: Rows, with_entropy: bool) -> Tensor:
         m.fill_(-torch.inf)
         return per_row.with_target(state, logits)
 
-    def add_up(live: Tensor, distances: OnePass | TwoPasses) -> None:
+    def add_up(live: Tensor, way: OnePass | TwoPasses) -> None:
         chunks, tops, sums, products = Chunks(as_rows(logits)[..., :columns], live, dtype), [], [], []
         for rows, raw in chunks:
             n = raw.shape[0]
             buffer = chunks.room(n)
             x = soft_capped(raw, per_row.cap, buffer)
             top = x.amax(-1, keepdim=True)
-            d = distances.into(buffer, x, distances.origin(top), rows)
+            d = way.into(buffer, x, way.origin(top), rows)
             e = chunks.exp2(n, 0, 1 if with_entropy else 0)
             tops.append(top.squeeze(1))
             sums.append(e.sum(-1))
@@ -234,19 +245,17 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
         factor = (b * c * p_max / -LOG2E).unsqueeze(1)
     m, constant, target, hit = (t.unsqueeze(1) for t in (m, constant, target, hit))
 
-    def fill(live: Tensor, distances: OnePass | TwoPasses) -> None:
-        chunks, origin = Chunks(x, live, m.dtype), distances.origin(m)
+    def fill(live: Tensor, way: OnePass | TwoPasses) -> None:
+        chunks, origin = Chunks(x, live, m.dtype), way.origin(m)
         for rows, raw in chunks:
-            where = locate(dx, rows)
-            # Where the rows of the result lie together, in the dtype of the arithmetic, the work is done there.
-            place = dx[where] if isinstance(where[1], slice) and dx.dtype == chunks.dtype else None
+            place = place_in(dx, rows, chunks.dtype)
             start = origin[rows]
             n = start.shape[0]
             buffer = chunks.room(n) if place is None else place
             # Nothing is summed here: no need of a second row. In place, PyTorch wants to see the very tensor that it writes.
             z = soft_capped(raw[:n] if place is None or place.data_ptr() != raw.data_ptr() else place, cap, buffer)
             slope = None if cap is None else z.div(cap).masked_fill_(z == -torch.inf, 1.0).square_().neg_().add_(1.0)
-            d = distances.into(buffer, z, start, rows)
+            d = way.into(buffer, z, start, rows)
             if factor is None:
                 dz = d.exp2_().mul_(constant[rows])
             else:
@@ -256,7 +265,7 @@ def gradient(out: Tensor, logits: Tensor, per_row: Rows, slopes: Slopes, saved: 
             if slope is not None:
                 dz.mul_(slope)
             if place is None:
-                dx[where] = dz.to(dx.dtype)
+                dx[locate(dx, rows)] = dz.to(dx.dtype)
 
     if usual is not None:
         fill(live if far is None else live & ~far, usual)
